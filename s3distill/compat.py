@@ -1,0 +1,301 @@
+"""The one place that knows versions of fairseq, hydra and torch: safe checkpoint loading and repairs of stock code.
+
+Loading runs no code from a file: `torch.load(weights_only=True)` with an allow-list of fairseq's and omegaconf's own
+data types. `load_checkpoint` (no fairseq needed) maps those types to inert stand-ins and returns plain containers;
+`install` gives the real types to stock fairseq, so that `fairseq-generate`, `w2v_path` and resuming work on torch >= 2.6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import enum
+import importlib
+import importlib.util
+import logging
+import os
+import pickle
+import typing
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
+
+_OMEGACONF_TYPES = (
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.nodes.AnyNode",
+    "omegaconf.nodes.StringNode",
+    "omegaconf.nodes.IntegerNode",
+    "omegaconf.nodes.FloatNode",
+    "omegaconf.nodes.BooleanNode",
+    "omegaconf.nodes.EnumNode",
+    "omegaconf.nodes.PathNode",
+    "omegaconf.nodes.BytesNode",
+    "omegaconf.nodes.InterpolationResultNode",
+)
+_PLAIN_TYPES: dict[str, Any] = {
+    "argparse.Namespace": argparse.Namespace,
+    "collections.defaultdict": collections.defaultdict,
+    "typing.Any": Any,
+    "typing.Union": typing.Union,
+    "builtins.dict": dict,
+    "builtins.list": list,
+    "builtins.tuple": tuple,
+    "builtins.set": set,
+    "builtins.str": str,
+    "builtins.int": int,
+    "builtins.float": float,
+    "builtins.bool": bool,
+    "builtins.bytes": bytes,
+    "builtins.object": object,
+    "__builtin__.object": object,
+    "__builtin__.dict": dict,
+}
+_FAIRSEQ_CLASSES = {  # data types that are neither dataclasses nor enums
+    "fairseq.data.dictionary.Dictionary",
+    "fairseq.meters.AverageMeter",
+    "fairseq.meters.StopwatchMeter",
+    "fairseq.meters.TimeMeter",
+    "fairseq.logging.meters.AverageMeter",
+    "fairseq.logging.meters.MetersDict",
+    "fairseq.logging.meters.StopwatchMeter",
+    "fairseq.logging.meters.SumMeter",
+    "fairseq.logging.meters.TimeMeter",
+}
+# Packages whose dataclasses and enums may stand in a config; a function or any other class of them is refused.
+_CONFIG_PACKAGES = ("fairseq", "s3distill", "examples")
+
+
+class _StandIn:
+    """Takes the place of a data type while unpickling: keeps the state, runs nothing."""
+
+    def __new__(cls, *values: Any) -> _StandIn:
+        self = object.__new__(cls)
+        self.__dict__["values"] = values
+        return self
+
+    def __init__(self, *values: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a fairseq checkpoint into plain dicts, lists, strings, numbers and CPU tensors, without fairseq.
+
+    Configs become dicts, enums their values, `argparse.Namespace` a dict, and a fairseq `Dictionary` a dict with ``symbols``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is corrupt or truncated, not a checkpoint, or its pickle needs a type that is not allowed.
+    """
+    allowed = [(_stand_in(name), name) for name in _types_in(path) if _is_data_type(name, resolve=False)]
+    state = _plain(_torch_load(path, [*allowed, *_plain_globals()]))
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint: it must hold a dict with the key 'model', but holds a {type(state).__name__}")
+    return state
+
+
+def _plain_globals() -> list[tuple[Any, str]]:
+    """Python's and numpy's own data types, which old checkpoints hold beside tensors (numpy scalars of meters, namespaces)."""
+    scalars = [type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")]
+    return [
+        *((value, name) for name, value in _PLAIN_TYPES.items()),
+        (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+        (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+        (np.dtype, "numpy.dtype"),
+        *((scalar, f"numpy.dtypes.{scalar.__name__}") for scalar in scalars),
+    ]
+
+
+def _types_in(path: str | os.PathLike[str]) -> list[str]:
+    """Every type or function that the file's pickle names beyond torch's own allow-list, without running it."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"checkpoint {path} does not exist; check the path")
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except ValueError:  # a file in torch's old (non-zip) format cannot be listed: allow what is known by name
+        return sorted({*_OMEGACONF_TYPES, *_FAIRSEQ_CLASSES})
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise _corrupt(path, error) from error
+
+
+def _corrupt(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    size = os.path.getsize(path)
+    return ValueError(
+        f"checkpoint {path} cannot be read: it must be a file that torch.save wrote, but it is corrupt or truncated "
+        f"({size} bytes; {str(error).splitlines()[0] if str(error) else type(error).__name__}); copy or download it again"
+    )
+
+
+def _torch_load(path: str | os.PathLike[str], allowed: list[tuple[Any, str]]) -> Any:
+    return _guarded(path, allowed, lambda: torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _guarded(path: str | os.PathLike[str], allowed: list[tuple[Any, str]], load: Callable[[], Any]) -> Any:
+    """Runs ``load`` with the allow-list and turns torch's errors into ours."""
+    try:
+        with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+            return load()
+    except pickle.UnpicklingError as error:
+        refused = [name for name in _types_in(path) if name not in {n for _, n in allowed}]
+        if refused or "GLOBAL" in str(error):
+            named = ", ".join(refused) or _named_global(str(error))
+            raise ValueError(
+                f"checkpoint {path} was refused: loading must not run code, and its pickle needs {named}, which is not a data "
+                "type of fairseq or omegaconf. If you trust the file, convert it once in the environment that wrote it: "
+                "state = torch.load(path, weights_only=False); torch.save({'model': state['model'], 'cfg': state['cfg']}, new_path)"
+            ) from error
+        raise _corrupt(path, error) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        if "PytorchStreamReader" in str(error) or not isinstance(error, RuntimeError | KeyError):
+            raise _corrupt(path, error) from error
+        raise
+
+
+def _named_global(message: str) -> str:
+    words = message.split("GLOBAL ", 1)
+    return words[1].split()[0] if len(words) == 2 else "an unknown type"
+
+
+def _is_data_type(name: str, resolve: bool) -> bool:
+    """Whether a pickled name is a data type: omegaconf's nodes, named fairseq classes, or a config's dataclass or enum.
+
+    With ``resolve`` the object is looked at (importing only modules of fairseq and s3distill); otherwise a stand-in will
+    be used, which cannot run anything, and the name's package decides.
+    """
+    if name in _OMEGACONF_TYPES or name in _FAIRSEQ_CLASSES or name in _PLAIN_TYPES:
+        return True
+    module, _, attribute = name.rpartition(".")
+    package = module.split(".")[0]
+    if package not in _CONFIG_PACKAGES:
+        return False
+    if not resolve:
+        return attribute[:1].isupper()  # a class by convention; the stand-in makes it inert either way
+    try:
+        found = _resolve(name)
+    except (ImportError, AttributeError):
+        return False
+    return isinstance(found, type) and (issubclass(found, enum.Enum) or dataclasses.is_dataclass(found))
+
+
+def _resolve(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _stand_in(name: str) -> Any:
+    if name in _PLAIN_TYPES:
+        return _PLAIN_TYPES[name]
+    return type(name.rpartition(".")[2], (_StandIn,), {"__module__": name.rpartition(".")[0]})
+
+
+def _plain(value: Any) -> Any:
+    """Stand-ins, namespaces and containers -> plain Python; tensors and scalars as they are."""
+    if isinstance(value, _StandIn):
+        return _plain_stand_in(value)
+    if isinstance(value, argparse.Namespace):
+        return {k: _plain(v) for k, v in vars(value).items()}
+    if isinstance(value, Mapping):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _plain_stand_in(value: _StandIn) -> Any:
+    state = vars(value)
+    if "_content" in state:  # DictConfig and ListConfig
+        return _plain(state["_content"])
+    if "_val" in state:  # a leaf node
+        return _plain(state["_val"])
+    if "symbols" in state and "indices" in state:  # Dictionary
+        return {"symbols": list(state["symbols"]), "counts": list(state.get("count", []))}
+    values = state.get("values", ())
+    if len(values) == 1 and len(state) == 1:  # an enum member is pickled as Enum(value)
+        return _plain(values[0])
+    return {k: _plain(v) for k, v in state.items() if k != "values"}
+
+
+def fairseq_installed() -> bool:
+    """Whether fairseq can be imported (it is not imported here)."""
+    return importlib.util.find_spec("fairseq") is not None
+
+
+def import_shells() -> None:
+    """Imports every registered shell once; fairseq's own ``--user-dir`` would leave out criterions and optimizers."""
+    package = Path(__file__).parent
+    for room in ("tasks", "models", "criterions", "optim"):
+        for file in sorted((package / room).glob("*.py")):
+            if not file.name.startswith("_"):
+                importlib.import_module(f"s3distill.{room}.{file.stem}")
+
+
+def install() -> None:
+    """Repairs stock fairseq in this process, once: safe loading on torch >= 2.6, and checkpoint copies that cannot be torn."""
+    from fairseq import checkpoint_utils
+    from fairseq.distributed import utils as distributed_utils
+    from fairseq.file_io import PathManager
+
+    if getattr(checkpoint_utils.load_checkpoint_to_cpu, "is_s3distill", False):
+        return
+    checkpoint_utils.load_checkpoint_to_cpu = _safe_loader(checkpoint_utils.load_checkpoint_to_cpu)
+    distributed_utils.broadcast_object = _safe_broadcast(distributed_utils.broadcast_object)
+    PathManager.copy = staticmethod(_atomic_copy(PathManager.copy))
+
+
+def _safe_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`fairseq.checkpoint_utils.load_checkpoint_to_cpu`, reading fairseq's types with ``weights_only=True``."""
+
+    def load_checkpoint_to_cpu(path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> Any:
+        allowed = [(_resolve(n), n) for n in _types_in(path) if _is_data_type(n, resolve=True)] + _plain_globals()
+        return _guarded(path, allowed, lambda: stock(path, arg_overrides, load_on_all_ranks))
+
+    load_checkpoint_to_cpu.is_s3distill = True  # type: ignore[attr-defined]
+    return load_checkpoint_to_cpu
+
+
+def _safe_broadcast(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`fairseq.distributed.utils.broadcast_object`: resuming on several ranks sends the config beside the tensors."""
+
+    def broadcast_object(*values: Any, **options: Any) -> Any:
+        names = [*_OMEGACONF_TYPES, *_FAIRSEQ_CLASSES]
+        with torch.serialization.safe_globals([*_resolvable(names), *_plain_globals()]):  # type: ignore[arg-type]
+            return stock(*values, **options)
+
+    return broadcast_object
+
+
+def _resolvable(names: list[str]) -> list[tuple[Any, str]]:
+    found = []
+    for name in names:
+        try:
+            found.append((_resolve(name), name))
+        except (ImportError, AttributeError):  # a type of another fairseq or omegaconf version
+            continue
+    return found
+
+
+def _atomic_copy(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Copies to a temporary name and renames, so that a kill in the middle leaves the old ``checkpoint_last.pt`` whole."""
+
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        if not overwrite and os.path.exists(dst_path):
+            return bool(stock(src_path, dst_path, overwrite=overwrite))
+        temporary = f"{dst_path}.tmp"
+        copied = stock(src_path, temporary, overwrite=True)
+        os.replace(temporary, dst_path)
+        return bool(copied)
+
+    return copy

@@ -1,0 +1,1 @@
+"""Tools in front of training: manifests, audio reading, transcripts and demo speech."""

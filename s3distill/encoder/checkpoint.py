@@ -1,0 +1,196 @@
+"""Reads what a checkpoint says: encoder shape, weights, CTC head, dictionary, waveform normalisation.
+
+Takes the plain dict that `s3distill.compat.load_checkpoint` returns, so it needs neither fairseq nor omegaconf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from s3distill.encoder.config import EncoderConfig, parse_conv_layers, uniform_layers
+
+# names of encoder models whose options are fairseq's wav2vec 2.0 options, with what differs
+FAMILIES = ("wav2vec2", "hubert", "data2vec_audio", "ssl_student")
+_ENCODER_PREFIXES = ("feature_extractor.", "layer_norm.", "post_extract_proj.", "mask_emb", "encoder.")
+
+# fairseq's defaults for options that old checkpoints do not carry
+_DEFAULTS: dict[str, Any] = {
+    "extractor_mode": "default",
+    "encoder_layers": 12,
+    "encoder_embed_dim": 768,
+    "encoder_ffn_embed_dim": 3072,
+    "encoder_attention_heads": 12,
+    "activation_fn": "gelu",
+    "layer_norm_first": False,
+    "conv_feature_layers": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
+    "conv_bias": False,
+    "conv_pos": 128,
+    "conv_pos_groups": 16,
+    "pos_conv_depth": 1,
+}
+
+
+@dataclass
+class ParsedCheckpoint:
+    """A checkpoint, taken apart.
+
+    Attributes:
+        family: one of `FAMILIES`.
+        config: shape of the encoder.
+        encoder_state: its parameters, by their names in `SpeechEncoder`.
+        normalize: whether waveforms are normalised to zero mean and unit variance.
+        head_state: ``weight`` [V, C] and ``bias`` [V] of the CTC head, or None.
+        extra_state: every other parameter of the model (pre-training heads, gates, ...).
+        symbols: dictionary of the CTC head, index = position, or None.
+        model_name: the registered name that wrote the file, e.g. ``wav2vec_ctc``.
+        pretraining_options: options of the encoder model as its config has them.
+    """
+
+    family: str
+    config: EncoderConfig
+    encoder_state: dict[str, Tensor]
+    normalize: bool
+    head_state: dict[str, Tensor] | None = None
+    extra_state: dict[str, Tensor] = field(default_factory=dict)
+    symbols: list[str] | None = None
+    model_name: str = ""
+    pretraining_options: dict[str, Any] = field(default_factory=dict)
+
+
+def config_from_options(options: Mapping[str, Any], family: str) -> EncoderConfig:
+    """fairseq's model options -> `EncoderConfig`.
+
+    Args:
+        options: e.g. ``cfg["model"]`` of a checkpoint; missing ones take fairseq's defaults.
+        family: one of `FAMILIES`; data2vec always projects its features, the others only where widths differ.
+    Raises:
+        ValueError: the options describe something that this encoder is not (conformer layers, quantised input, ...).
+    """
+    if options.get("encoder"):
+        return EncoderConfig.from_json(str(options["encoder"]))
+    for name, expected in (("layer_type", "transformer"), ("quantize_input", False), ("conv_pos_batch_norm", False)):
+        value = options.get(name, expected)
+        if value not in (expected, None):
+            raise ValueError(f"`{name}` = {value!r} is not supported by s3distill's encoder; it must be {expected!r}")
+    values = {
+        name: default if options.get(name) is None else getattr(options[name], "value", options[name])
+        for name, default in _DEFAULTS.items()
+    }
+    conv_layers = parse_conv_layers(str(values["conv_feature_layers"]))
+    dim, heads = int(values["encoder_embed_dim"]), int(values["encoder_attention_heads"])
+    if dim % heads != 0:
+        raise ValueError(f"`encoder_embed_dim` ({dim}) must be a multiple of `encoder_attention_heads` ({heads})")
+    return EncoderConfig(
+        conv_layers=conv_layers,
+        embed_dim=dim,
+        layers=uniform_layers(int(values["encoder_layers"]), heads, dim // heads, int(values["encoder_ffn_embed_dim"])),
+        extractor_mode=str(values["extractor_mode"]),
+        conv_bias=bool(values["conv_bias"]),
+        layer_norm_first=bool(values["layer_norm_first"]),
+        project_features=family == "data2vec_audio" or conv_layers[-1].channels != dim,
+        activation=str(values["activation_fn"]),
+        pos_conv_kernel=int(values["conv_pos"]),
+        pos_conv_groups=int(values["conv_pos_groups"]),
+        pos_conv_depth=int(values["pos_conv_depth"]),
+    )
+
+
+def parse_checkpoint(state: Mapping[str, Any], name: str = "the checkpoint") -> ParsedCheckpoint:
+    """Takes apart a fairseq checkpoint of a supported encoder, pre-trained or fine-tuned, ``cfg``- or ``args``-style.
+
+    Args:
+        state: plain containers and tensors (see `s3distill.compat.load_checkpoint`).
+        name: what messages call the file.
+    Raises:
+        ValueError: it is not a checkpoint, or not of a supported model.
+    """
+    weights = state.get("model")
+    if not isinstance(weights, Mapping) or not weights:
+        raise ValueError(
+            f"{name} holds no model weights: it must be a fairseq checkpoint with the key 'model', but has "
+            f"{sorted(map(str, state))[:8]}"
+        )
+    model_options, task_options = _options(state, name)
+    model_name = str(model_options.get("_name") or model_options.get("arch") or "")
+    encoder_options = model_options
+    if model_options.get("w2v_args"):  # fine-tuned: the encoder's own options are nested
+        nested = model_options["w2v_args"]
+        encoder_options = nested["model"] if isinstance(nested.get("model"), Mapping) else nested
+        if isinstance(nested.get("task"), Mapping):
+            task_options = {**nested["task"], "normalize": task_options.get("normalize", nested["task"].get("normalize"))}
+        elif "normalize" not in task_options:
+            task_options = {**task_options, "normalize": nested.get("normalize")}
+    family = _family(encoder_options, weights, name)
+    encoder_state, extra_state = _split_weights(weights)
+    head_state = {k.rpartition(".")[2]: extra_state[k] for k in extra_state if k in ("w2v_encoder.proj.weight", "w2v_encoder.proj.bias")}
+    normalize = task_options.get("normalize")
+    return ParsedCheckpoint(
+        family=family,
+        config=config_from_options(encoder_options, family),
+        encoder_state=encoder_state,
+        normalize=bool(encoder_options.get("normalize", False) if normalize is None else normalize),
+        head_state=head_state or None,
+        extra_state={k: v for k, v in extra_state.items() if not k.startswith("w2v_encoder.proj.")},
+        symbols=_symbols(state),
+        model_name=model_name,
+        pretraining_options=dict(encoder_options),
+    )
+
+
+def _options(state: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model and task options of a ``cfg``- (nested) or ``args``-style (flat) checkpoint."""
+    cfg = state.get("cfg")
+    if isinstance(cfg, Mapping) and isinstance(cfg.get("model"), Mapping):
+        return dict(cfg["model"]), dict(cfg.get("task") or {})
+    args = state.get("args")
+    if isinstance(args, Mapping):
+        return {**args, "_name": args.get("arch")}, dict(args)
+    raise ValueError(
+        f"{name} carries neither 'cfg' nor 'args', so its shape is unknown; s3distill reads checkpoints that fairseq wrote. "
+        "Convert it with the tool of its origin first"
+    )
+
+
+def _family(options: Mapping[str, Any], weights: Mapping[str, Any], name: str) -> str:
+    model_name = str(options.get("_name") or options.get("arch") or "")
+    for family in FAMILIES:
+        if model_name == family or (model_name and model_name.startswith(family + "_")):
+            return family
+    if not any("feature_extractor.conv_layers.0.0.weight" in key for key in weights):
+        raise ValueError(
+            f"{name} is of model {model_name!r}, which has no wav2vec 2.0-style encoder; supported are {', '.join(FAMILIES)} "
+            "and models that were fine-tuned from them"
+        )
+    return "wav2vec2"
+
+
+def _split_weights(weights: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Encoder parameters under their own names, and the rest under the names in the file."""
+    prefix = next((p for p in ("w2v_encoder.w2v_model.", "w2v_encoder.", "encoder.w2v_model.") if _has(weights, p)), "")
+    encoder, extra = {}, {}
+    for key, value in weights.items():
+        if not isinstance(value, Tensor):
+            continue  # e.g. data2vec's "_ema", a dict of the pre-training teacher
+        inner = key.removeprefix(prefix)
+        if key.startswith(prefix) and inner.startswith(_ENCODER_PREFIXES):
+            encoder[inner] = value
+        else:
+            extra[key] = value
+    return encoder, extra
+
+
+def _has(weights: Mapping[str, Any], prefix: str) -> bool:
+    return f"{prefix}feature_extractor.conv_layers.0.0.weight" in weights
+
+
+def _symbols(state: Mapping[str, Any]) -> list[str] | None:
+    task_state = state.get("task_state")
+    if isinstance(task_state, Mapping):
+        dictionary = task_state.get("target_dictionary")
+        if isinstance(dictionary, Mapping) and "symbols" in dictionary:
+            return [str(s) for s in dictionary["symbols"]]
+    return None

@@ -1,0 +1,239 @@
+"""The shape of a speech encoder: every number that the modules are built from, and nothing else.
+
+One `EncoderConfig` describes teachers, gated students and compact students alike; heads and FFN widths are per layer,
+so that a pruned model rebuilds from its own config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SAMPLE_RATE = 16_000  # Hz; every checkpoint of this family reads 16 kHz mono
+
+EXTRACTOR_MODES = ("default", "layer_norm")  # fairseq's names: GroupNorm on layer 0 only / LayerNorm on every layer
+ACTIVATIONS = ("gelu", "relu", "gelu_accurate", "tanh", "swish")
+
+
+@dataclass(frozen=True)
+class ConvLayerConfig:
+    """One layer of the waveform extractor: output channels, kernel and stride in samples of its input."""
+
+    channels: int
+    kernel: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One Transformer layer.
+
+    ``attention=False`` means that the whole sub-layer is gone, bias included; ``num_heads=0`` with ``attention=True``
+    leaves the constant ``out_proj.bias``. The same goes for ``ffn`` and ``ffn_dim``.
+    """
+
+    num_heads: int
+    head_dim: int
+    ffn_dim: int
+    attention: bool = True
+    ffn: bool = True
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape and numerics of a wav2vec 2.0 / HuBERT / data2vec-audio encoder.
+
+    Args:
+        conv_layers: the waveform extractor, first layer first.
+        embed_dim: width of the residual stream (``encoder_embed_dim`` in fairseq).
+        layers: Transformer layers, first layer first.
+        extractor_mode: ``default`` (GroupNorm per channel behind the first conv) or ``layer_norm``.
+        layer_norm_first: pre-LN layers (True) or post-LN (False).
+        project_features: whether `post_extract_proj` maps conv channels to ``embed_dim``.
+        pos_conv_kernel, pos_conv_groups, pos_conv_depth: the positional convolution; depth 1 is wav2vec 2.0's
+            weight-normed conv, a larger depth is data2vec's stack of ``depth`` plain convs with an affine-free LayerNorm.
+        group_norm_over_padding: take the GroupNorm statistics over padded samples too, as fairseq does. False counts
+            valid samples only, so that padding never changes a result.
+    """
+
+    conv_layers: tuple[ConvLayerConfig, ...]
+    embed_dim: int
+    layers: tuple[LayerConfig, ...]
+    extractor_mode: str = "default"
+    conv_bias: bool = False
+    layer_norm_first: bool = False
+    project_features: bool = True
+    activation: str = "gelu"
+    pos_conv_kernel: int = 128
+    pos_conv_groups: int = 16
+    pos_conv_depth: int = 1
+    group_norm_over_padding: bool = False
+
+    def __post_init__(self) -> None:
+        _require(len(self.conv_layers) > 0, "`conv_layers` must name at least one layer, but is empty")
+        _require(
+            self.extractor_mode in EXTRACTOR_MODES,
+            f"`extractor_mode` must be one of {', '.join(EXTRACTOR_MODES)}, but is {self.extractor_mode!r}",
+        )
+        _require(
+            self.activation in ACTIVATIONS,
+            f"`activation` must be one of {', '.join(ACTIVATIONS)}, but is {self.activation!r}",
+        )
+        _require(self.embed_dim > 0, f"`embed_dim` must be positive, but is {self.embed_dim}")
+        _require(
+            self.embed_dim % self.pos_conv_groups == 0,
+            f"`embed_dim` ({self.embed_dim}) must be a multiple of `pos_conv_groups` ({self.pos_conv_groups})",
+        )
+        _require(
+            self.project_features or self.conv_layers[-1].channels == self.embed_dim,
+            f"without `project_features` the last conv layer's channels ({self.conv_layers[-1].channels}) must equal "
+            f"`embed_dim` ({self.embed_dim})",
+        )
+        for i, conv in enumerate(self.conv_layers):
+            _require(
+                min(conv.channels, conv.kernel, conv.stride) > 0,
+                f"conv layer {i} must have positive channels, kernel and stride, but is {conv}",
+            )
+        for i, layer in enumerate(self.layers):
+            _require(
+                min(layer.num_heads, layer.ffn_dim) >= 0 and layer.head_dim > 0,
+                f"layer {i} must have num_heads >= 0, head_dim > 0 and ffn_dim >= 0, but is {layer}",
+            )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def frame_stride(self) -> int:
+        """Samples between two frames (320, that is 20 ms, for the released models)."""
+        stride = 1
+        for conv in self.conv_layers:
+            stride *= conv.stride
+        return stride
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that one frame sees (400 for the released models); a shorter waveform has no frame at all."""
+        field_size, stride = 1, 1
+        for conv in self.conv_layers:
+            field_size += (conv.kernel - 1) * stride
+            stride *= conv.stride
+        return field_size
+
+    def num_frames(self, num_samples: Any) -> Any:
+        """Frames that come out of ``num_samples`` (int or integer tensor of any shape): floor((n - k) / s) + 1 per conv layer."""
+        for conv in self.conv_layers:
+            num_samples = (num_samples - conv.kernel) // conv.stride + 1
+        return num_samples
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """One line of JSON that `from_json` reads back; it is what checkpoints carry."""
+        return json.dumps(self.to_dict(), separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"encoder config has unknown keys {unknown}; known are {sorted(known)}. "
+                "Was it written by a newer s3distill? Then upgrade."
+            )
+        fields = dict(values)
+        fields["conv_layers"] = tuple(ConvLayerConfig(**c) for c in fields["conv_layers"])
+        fields["layers"] = tuple(LayerConfig(**layer) for layer in fields["layers"])
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> EncoderConfig:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the encoder config is not valid JSON ({error}); it starts with {text[:60]!r}") from error
+        return cls.from_dict(values)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What only training looks at: dropouts, LayerDrop, and how much of the gradient reaches the conv extractor."""
+
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    dropout_input: float = 0.0
+    layerdrop: float = 0.0
+    feature_grad_mult: float = 1.0
+    checkpoint_activations: bool = False
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """SpecAugment-style masks over time (learned `mask_emb`) and channels (zeros), with fairseq's option names."""
+
+    mask_prob: float = 0.0
+    mask_length: int = 10
+    mask_selection: str = "static"
+    mask_other: float = 0.0
+    no_mask_overlap: bool = False
+    mask_min_space: int = 1
+    mask_channel_prob: float = 0.0
+    mask_channel_length: int = 10
+    mask_channel_selection: str = "static"
+    mask_channel_other: float = 0.0
+    no_mask_channel_overlap: bool = False
+    mask_channel_min_space: int = 1
+    mask_channel_before: bool = False
+    require_same_masks: bool = True
+    mask_dropout: float = 0.0
+
+
+def uniform_layers(num_layers: int, num_heads: int, head_dim: int, ffn_dim: int) -> tuple[LayerConfig, ...]:
+    """``num_layers`` equal Transformer layers."""
+    return (LayerConfig(num_heads=num_heads, head_dim=head_dim, ffn_dim=ffn_dim),) * num_layers
+
+
+def parse_conv_layers(text: str) -> tuple[ConvLayerConfig, ...]:
+    """Reads fairseq's ``conv_feature_layers``, a list expression such as ``[(512,10,5)] + [(512,3,2)] * 4``, without `eval`.
+
+    Raises:
+        ValueError: anything but sums and integer multiples of lists of three integers.
+    """
+    import ast
+
+    def walk(node: ast.AST) -> Any:
+        if isinstance(node, ast.Expression):
+            return walk(node.body)
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        if isinstance(node, ast.List):
+            return [walk(e) for e in node.elts]
+        if isinstance(node, ast.Tuple):
+            return tuple(walk(e) for e in node.elts)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
+            left, right = walk(node.left), walk(node.right)
+            if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+                return left + right
+            if isinstance(node.op, ast.Mult) and isinstance(left, list | int) and isinstance(right, list | int):
+                return left * right
+        raise ValueError(f"unexpected {ast.unparse(node)!r}")
+
+    try:
+        layers = walk(ast.parse(text.strip(), mode="eval"))
+        return tuple(ConvLayerConfig(*map(int, layer)) for layer in layers)
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"`conv_feature_layers` must be a list of (channels, kernel, stride), such as "
+            f"[(512, 10, 5)] + [(512, 3, 2)] * 4, but is {text!r}: {error}"
+        ) from error
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,125 @@
+"""The waveform extractor: samples at 16 kHz to feature frames at 50 Hz, the first stage of every encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s3distill.encoder.config import ConvLayerConfig, EncoderConfig
+from s3distill.encoder.layers import LayerNorm
+
+
+def masked_group_norm(x: Tensor, num_valid: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """GroupNorm with one channel per group whose statistics count the first ``num_valid`` frames of each row only.
+
+    The invalid frames are zeroed, the moments of the zero-padded row are taken in one stable pass, and the zeros' share
+    is then taken out of them: with T frames of which n are valid, mean_n = T/n * mean_T and
+    sum_valid (x - mean_n)^2 = T*var_T - (T - n) * mean_T^2 - n * (mean_n - mean_T)^2.
+
+    Args:
+        x: [B, C, T]
+        num_valid: valid frames per row, [B], each >= 1.
+        weight, bias: [C]
+    Returns:
+        [B, C, T] in the type of ``x``; invalid frames hold finite values that nothing reads.
+    """
+    total = x.shape[-1]
+    valid = torch.arange(total, device=x.device) < num_valid[:, None]  # [B, T]
+    values = x.float() * valid[:, None, :]
+    n = num_valid.to(torch.float32)[:, None]  # [B, 1]
+    var_t, mean_t = torch.var_mean(values, dim=-1, correction=0)  # [B, C]
+    mean = mean_t * (total / n)
+    squares = total * var_t - (total - n) * mean_t.square() - n * (mean - mean_t).square()
+    scale = weight.float() * torch.rsqrt((squares / n).clamp_min(0) + eps)  # [B, C]
+    shift = bias.float() - mean * scale
+    return torch.addcmul(shift.unsqueeze(-1), values, scale.unsqueeze(-1)).to(x.dtype)
+
+
+class ConvLayer(nn.Sequential):
+    """conv -> (norm) -> GELU, under fairseq's keys: ``0`` is the conv, ``2`` the GroupNorm, ``2.1`` the LayerNorm."""
+
+    def __init__(self, in_channels: int, shape: ConvLayerConfig, bias: bool, norm: str) -> None:
+        conv = nn.Conv1d(in_channels, shape.channels, shape.kernel, stride=shape.stride, bias=bias)
+        nn.init.kaiming_normal_(conv.weight)
+        self.norm = norm
+        modules: list[nn.Module] = [conv]
+        if norm == "group_norm":
+            modules += [nn.Identity(), nn.GroupNorm(shape.channels, shape.channels)]
+        elif norm == "layer_norm":
+            modules += [nn.Identity(), nn.Sequential(nn.Identity(), LayerNorm(shape.channels))]
+        super().__init__(*modules)
+
+    @property
+    def conv(self) -> nn.Conv1d:
+        return self[0]  # type: ignore[return-value]
+
+    @property
+    def norm_layer(self) -> nn.GroupNorm | LayerNorm | None:
+        if self.norm == "none":
+            return None
+        return self[2] if self.norm == "group_norm" else self[2][1]  # type: ignore[index, return-value]
+
+    def forward(
+        self, x: Tensor, num_valid: Tensor | None = None, gate: Tensor | None = None, gate_output: bool = True
+    ) -> Tensor:
+        """x [B, C_in, T_in] -> [B, C, T].
+
+        ``num_valid`` [B] counts valid output frames. ``gate`` [C] weights the LayerNorm's statistics and, if
+        ``gate_output``, scales the output.
+        """
+        x = self.conv(x)
+        norm = self.norm_layer
+        if isinstance(norm, nn.GroupNorm):
+            if num_valid is None:
+                x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+            else:
+                x = masked_group_norm(x, num_valid, norm.weight, norm.bias, norm.eps)
+        elif norm is not None:
+            x = norm(x.transpose(1, 2), gate).transpose(1, 2)
+        x = F.gelu(x)
+        return x * gate.to(x.dtype)[:, None] if gate is not None and gate_output else x
+
+
+class ConvExtractor(nn.Module):
+    """The stack of `ConvLayer`s; keys ``conv_layers.N.0.weight`` and so on, as in fairseq."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.over_padding = config.group_norm_over_padding
+        self.conv_layers = nn.ModuleList()
+        in_channels = 1
+        for i, shape in enumerate(config.conv_layers):
+            if config.extractor_mode == "layer_norm":
+                norm = "layer_norm"
+            else:
+                norm = "group_norm" if i == 0 else "none"
+            self.conv_layers.append(ConvLayer(in_channels, shape, config.conv_bias, norm))
+            in_channels = shape.channels
+
+    def forward(
+        self, source: Tensor, lengths: Tensor | None = None, gates: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
+        """Waveforms to features.
+
+        Args:
+            source: [B, S], 16 kHz.
+            lengths: valid samples per row, [B], or None when nothing is padded.
+            gates: per conv layer [C] or None. The last layer's gate is NOT applied here: a LayerNorm follows, which
+                must see the ungated values (the caller weights its statistics and gates its output).
+        Returns:
+            [B, C, T]
+        """
+        x = source.unsqueeze(1)  # [B, S] -> [B, 1, S]
+        last = len(self.conv_layers) - 1
+        for i, layer in enumerate(self.conv_layers):
+            conv: nn.Conv1d = layer.conv  # type: ignore[assignment]
+            num_valid = None
+            if lengths is not None:
+                lengths = (lengths - conv.kernel_size[0]) // conv.stride[0] + 1
+                num_valid = None if self.over_padding else lengths
+            gate = gates[i] if gates is not None else None
+            x = layer(x, num_valid, gate, gate_output=i != last)
+        return x

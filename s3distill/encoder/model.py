@@ -1,0 +1,162 @@
+"""The speech encoder: waveforms at 16 kHz to hidden states at 50 Hz, for teacher and student alike."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s3distill.encoder.attention import bert_linear
+from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
+from s3distill.encoder.conv import ConvExtractor
+from s3distill.encoder.layers import LayerNorm, scale_gradient
+from s3distill.encoder.masking import mask_channels, mask_frames
+from s3distill.encoder.transformer import Transformer
+from s3distill.gates.values import GateValues
+
+
+@dataclass
+class EncoderOutput:
+    """What one pass of the encoder gives.
+
+    Attributes:
+        x: the encoder's output, [B, T, C]; for pre-LN models behind the final LayerNorm.
+        hidden_states: L+1 tensors [B, T, C]; 0 = what enters the first layer, i = output of layer i.
+        ffn_outputs: per layer the FFN's output before the residual, [B, T, C] (data2vec's targets).
+        features: conv features behind their LayerNorm, [B, T, C_conv].
+        padding_mask: [B, T], True = padding; None when nothing is padded.
+        masked: [B, T], True = replaced by the mask embedding; None without time masks.
+    """
+
+    x: Tensor
+    hidden_states: list[Tensor]
+    ffn_outputs: list[Tensor]
+    features: Tensor
+    padding_mask: Tensor | None
+    masked: Tensor | None
+
+
+class SpeechEncoder(nn.Module):
+    """wav2vec 2.0 / HuBERT / data2vec-audio's encoder, with the checkpoints' own parameter names.
+
+    Args:
+        config: the shape.
+        training: dropouts and the like; evaluation never looks at it.
+        masking: SpecAugment masks, used when ``forward(mask=True)``.
+    """
+
+    def __init__(
+        self, config: EncoderConfig, training: TrainingConfig | None = None, masking: MaskConfig | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.training_config = training or TrainingConfig()
+        self.masking = masking or MaskConfig()
+        conv_channels = config.conv_layers[-1].channels
+        self.feature_extractor = ConvExtractor(config)
+        self.layer_norm = LayerNorm(conv_channels)
+        self.post_extract_proj = bert_linear(conv_channels, config.embed_dim) if config.project_features else None
+        self.mask_emb = nn.Parameter(torch.empty(config.embed_dim).uniform_())
+        self.encoder = Transformer(config, self.training_config)
+
+    def forward(
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None = None,
+        mask: bool = False,
+        gates: GateValues | None = None,
+        num_layers: int | None = None,
+    ) -> EncoderOutput:
+        """Encodes a batch.
+
+        Args:
+            source: waveforms, [B, S], 16 kHz, normalised if the model was trained so.
+            padding_mask: [B, S], True = padding (at the end of a row), or None.
+            mask: apply time and channel masks.
+            gates: values of the L0 gates, or None.
+            num_layers: run only that many Transformer layers; None runs all.
+        Raises:
+            ValueError: a waveform is shorter than one frame.
+        """
+        lengths = _valid_lengths(source, padding_mask)
+        self._check_lengths(source, lengths)
+        conv_gates = gates.conv if gates is not None else None
+        features = self.layer_norm(*self._extract(source, lengths, conv_gates))
+        if conv_gates is not None and conv_gates[-1] is not None:
+            features = features * conv_gates[-1].to(features.dtype)
+        frame_mask = None
+        if lengths is not None:
+            num_frames = self.config.num_frames(lengths)
+            frame_mask = torch.arange(features.shape[1], device=source.device) >= num_frames[:, None]
+
+        x = features if self.post_extract_proj is None else self.post_extract_proj(features)
+        x = F.dropout(x, self.training_config.dropout_input, self.training)
+        masked = None
+        if mask:
+            if self.masking.mask_channel_before:
+                x = mask_channels(x, self.masking)
+            x, masked = mask_frames(x, self.mask_emb, frame_mask, self.masking)
+            if not self.masking.mask_channel_before:
+                x = mask_channels(x, self.masking)
+        hidden_states, ffn_outputs = self.encoder(x, frame_mask, gates, num_layers)
+        x = hidden_states[-1]
+        if self.config.layer_norm_first and (num_layers is None or num_layers >= self.config.num_layers):
+            x = self.encoder.layer_norm(x)
+        return EncoderOutput(x, hidden_states, ffn_outputs, features, frame_mask, masked)
+
+    def _extract(
+        self, source: Tensor, lengths: Tensor | None, gates: tuple[Tensor | None, ...] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Conv features [B, T, C_conv] with their gradient scaled, and the gate of their last layer."""
+        scale = self.training_config.feature_grad_mult
+        with torch.no_grad() if scale <= 0 else contextlib.nullcontext():
+            features = self.feature_extractor(source, lengths, gates)
+        if scale > 0:
+            features = scale_gradient(features, scale)
+        return features.transpose(1, 2), gates[-1] if gates is not None else None
+
+    def _check_lengths(self, source: Tensor, lengths: Tensor | None) -> None:
+        needed = self.config.receptive_field
+        shortest = source.shape[1] if lengths is None else int(lengths.min())
+        if shortest < needed:
+            raise ValueError(
+                f"every waveform must have at least {needed} samples ({needed / 16:.0f} ms at 16 kHz), so that it gives "
+                f"one frame, but the shortest has {shortest}; drop such utterances (min_sample_size) or pad the audio"
+            )
+
+    def load_encoder_state(self, state: dict[str, Tensor], source: str = "the checkpoint") -> None:
+        """Loads parameters by name; all must be there and fit.
+
+        Raises:
+            ValueError: names are missing or shapes differ; the message lists them.
+        """
+        own = {name: p for name, p in self.state_dict().items() if name in dict(SpeechEncoder.named_parameters(self))}
+        own = {name: p for name, p in own.items() if not name.startswith(("heads.", "gates.", "lagrangian."))}
+        missing = sorted(set(own) - set(state))
+        wrong = [
+            f"{name}: {tuple(state[name].shape)} instead of {tuple(p.shape)}"
+            for name, p in own.items()
+            if name in state and state[name].shape != p.shape
+        ]
+        if missing or wrong:
+            raise ValueError(
+                f"{source} does not fit the encoder's shape; missing: {missing[:5] or 'none'}, of another shape: "
+                f"{wrong[:5] or 'none'} ({len(missing)} and {len(wrong)} in all); was it saved completely, by the model it names?"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+
+def _valid_lengths(source: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+    """Valid samples per row, [B], or None when no sample is padding."""
+    if padding_mask is None or not bool(padding_mask.any()):
+        return None
+    if padding_mask.shape != source.shape:
+        raise ValueError(
+            f"`padding_mask` must have the shape of `source`, {tuple(source.shape)}, but has {tuple(padding_mask.shape)}"
+        )
+    return (~padding_mask).sum(-1)

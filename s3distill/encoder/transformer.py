@@ -1,0 +1,200 @@
+"""The context network: positional convolution and Transformer layers, pre- or post-LN, with optional gates."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from s3distill.encoder.attention import SelfAttention, attention_mask_from_padding, bert_linear
+from s3distill.encoder.config import EncoderConfig, LayerConfig, TrainingConfig
+from s3distill.encoder.layers import LayerNorm, activation_function
+from s3distill.gates.values import GateValues
+
+
+class WeightNormConv(nn.Module):
+    """wav2vec 2.0's positional Conv1d, weight-normed over everything but the kernel position (``dim=2``).
+
+    Keys are those of the checkpoints (``weight_g`` [1, 1, K], ``weight_v`` [C, C/groups, K], ``bias`` [C]).
+    """
+
+    def __init__(self, channels: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        self.kernel, self.groups = kernel, groups
+        weight = torch.empty(channels, channels // groups, kernel)
+        nn.init.normal_(weight, std=(4.0 / (kernel * channels)) ** 0.5)
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight_g = nn.Parameter(weight.norm(dim=(0, 1), keepdim=True))
+        self.weight_v = nn.Parameter(weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """g * v / ||v||, [C, C/groups, K]  (Salimans & Kingma, 2016, eq. 2)."""
+        return torch._weight_norm(self.weight_v, self.weight_g, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T] -> [B, C, T]"""
+        return _same_length(F.conv1d(x, self.weight, self.bias, padding=self.kernel // 2, groups=self.groups), self.kernel)
+
+
+def _same_length(x: Tensor, kernel: int) -> Tensor:
+    """An even kernel with padding K // 2 makes one frame too many; the last one goes, as in fairseq's SamePad."""
+    return x[:, :, :-1] if kernel % 2 == 0 else x
+
+
+class PositionalConv(nn.ModuleList):
+    """Adds relative positions: conv -> (affine-free LayerNorm, if stacked) -> GELU.
+
+    Depth 1 is wav2vec 2.0's; a stack of ``depth`` plain convs with kernel max(3, K // depth) is data2vec's
+    (Baevski et al., 2022, section 4.2). Padded frames are zeroed in front of every conv, so that padding cannot leak
+    into valid frames through the stack (fairseq zeroes only in front of the first).
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        channels, groups, depth = config.embed_dim, config.pos_conv_groups, config.pos_conv_depth
+        self.depth = depth
+        if depth == 1:
+            super().__init__([WeightNormConv(channels, config.pos_conv_kernel, groups)])
+            return
+        kernel = max(3, config.pos_conv_kernel // depth)
+        super().__init__(
+            nn.Sequential(nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=groups)) for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """[B, T, C] (padded frames already zero) -> [B, T, C]"""
+        x = x.transpose(1, 2)  # [B, C, T]
+        if self.depth == 1:
+            return F.gelu(self[0](x)).transpose(1, 2)
+        for i, block in enumerate(self):
+            if i > 0 and padding_mask is not None:
+                x = x.masked_fill(padding_mask[:, None, :], 0)
+            x = _same_length(block(x), block[0].kernel_size[0])  # type: ignore[index]
+            x = F.gelu(F.layer_norm(x.transpose(1, 2), (x.shape[1],))).transpose(1, 2)
+        return x.transpose(1, 2)
+
+
+class TransformerLayer(nn.Module):
+    """One layer; either sub-layer may be absent (`LayerConfig.attention`, `LayerConfig.ffn`).
+
+    post-LN: x = LN_1(x + z_a * Attention(x));  x = LN_2(x + z_f * FFN(x))
+    pre-LN:  x = x + z_a * Attention(LN_1(x));  x = x + z_f * FFN(LN_2(x))
+
+    In a post-LN layer without a sub-layer its LayerNorm stays, since LN(x + 0) is still a function; in a pre-LN layer it goes.
+    """
+
+    def __init__(self, config: EncoderConfig, layer: LayerConfig, training: TrainingConfig) -> None:
+        super().__init__()
+        self.layer_norm_first = config.layer_norm_first
+        self.activation = activation_function(config.activation)
+        self.dropout, self.activation_dropout = training.dropout, training.activation_dropout
+        dim = config.embed_dim
+        self.self_attn: SelfAttention | None = None
+        self.self_attn_layer_norm: LayerNorm | None = None
+        self.fc1: nn.Linear | None = None
+        self.fc2: nn.Linear | None = None
+        self.final_layer_norm: LayerNorm | None = None
+        if layer.attention:
+            self.self_attn = SelfAttention(dim, layer.num_heads, layer.head_dim, training.attention_dropout)
+        if layer.attention or not self.layer_norm_first:
+            self.self_attn_layer_norm = LayerNorm(dim)
+        if layer.ffn:
+            self.fc1, self.fc2 = bert_linear(dim, layer.ffn_dim), bert_linear(layer.ffn_dim, dim)
+        if layer.ffn or not self.layer_norm_first:
+            self.final_layer_norm = LayerNorm(dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        head_gate: Tensor | None = None,
+        ffn_gate: Tensor | None = None,
+        attention_gate: Tensor | None = None,
+        ffn_layer_gate: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, C] -> (x [B, T, C], output of the FFN before the residual [B, T, C]).
+
+        Gates: ``head_gate`` [H], ``ffn_gate`` [F], ``attention_gate`` and ``ffn_layer_gate`` [] (whole sub-layers, bias included).
+        """
+        residual = x
+        if self.self_attn is not None:
+            assert self.self_attn_layer_norm is not None
+            inner = self.self_attn_layer_norm(x) if self.layer_norm_first else x
+            inner = self.self_attn(inner, attention_mask, head_gate)
+            if attention_gate is not None:
+                inner = inner * attention_gate.to(inner.dtype)
+            x = residual + F.dropout(inner, self.dropout, self.training)
+        if not self.layer_norm_first:
+            assert self.self_attn_layer_norm is not None
+            x = self.self_attn_layer_norm(x)
+
+        residual = x
+        ffn_output = torch.zeros_like(x) if self.fc1 is None else x
+        if self.fc1 is not None:
+            assert self.fc2 is not None and self.final_layer_norm is not None
+            inner = self.final_layer_norm(x) if self.layer_norm_first else x
+            inner = self.activation(self.fc1(inner))
+            if ffn_gate is not None:
+                inner = inner * ffn_gate.to(inner.dtype)
+            ffn_output = self.fc2(F.dropout(inner, self.activation_dropout, self.training))
+            if ffn_layer_gate is not None:
+                ffn_output = ffn_output * ffn_layer_gate.to(ffn_output.dtype)
+            x = residual + F.dropout(ffn_output, self.dropout, self.training)
+        if not self.layer_norm_first:
+            assert self.final_layer_norm is not None
+            x = self.final_layer_norm(x)
+        return x, ffn_output
+
+
+class Transformer(nn.Module):
+    """Positional convolution and layers, under fairseq's keys (``pos_conv``, ``layers.N``, ``layer_norm``)."""
+
+    def __init__(self, config: EncoderConfig, training: TrainingConfig) -> None:
+        super().__init__()
+        self.layer_norm_first = config.layer_norm_first
+        self.dropout, self.layerdrop = training.dropout, training.layerdrop
+        self.checkpoint_activations = training.checkpoint_activations
+        self.pos_conv = PositionalConv(config)
+        self.layers = nn.ModuleList(TransformerLayer(config, layer, training) for layer in config.layers)
+        self.layer_norm = LayerNorm(config.embed_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        gates: GateValues | None = None,
+        num_layers: int | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Runs the layers.
+
+        Args:
+            x: projected features, [B, T, C].
+            padding_mask: [B, T], True = padding, or None.
+            num_layers: stop after this many layers; None runs all.
+        Returns:
+            hidden states (what enters the first layer, then each layer's output; L+1 tensors [B, T, C]) and each layer's FFN
+            output before the residual (L tensors [B, T, C]). A layer that LayerDrop skips repeats its input.
+        """
+        if padding_mask is not None:
+            x = x.masked_fill(padding_mask[:, :, None], 0)
+        x = x + self.pos_conv(x, padding_mask)
+        if not self.layer_norm_first:
+            x = self.layer_norm(x)
+        x = F.dropout(x, self.dropout, self.training)
+        attention_mask = attention_mask_from_padding(padding_mask)
+        hidden_states, ffn_outputs = [x], []
+        for i, layer in enumerate(self.layers[:num_layers]):
+            # torch's generator is seeded per update by the trainer, so a resumed run drops the same layers
+            if self.training and self.layerdrop > 0 and torch.rand(()).item() < self.layerdrop:
+                hidden_states.append(x)
+                ffn_outputs.append(torch.zeros_like(x))
+                continue
+            inputs = (x, attention_mask, *(gates.layer(i) if gates is not None else (None,) * 4))
+            if self.checkpoint_activations and self.training:
+                x, ffn_output = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x, ffn_output = layer(*inputs)
+            hidden_states.append(x)
+            ffn_outputs.append(ffn_output)
+        return hidden_states, ffn_outputs
