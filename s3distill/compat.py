@@ -127,7 +127,7 @@ def _types_in(path: str | os.PathLike[str]) -> list[str]:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except ValueError:  # a file in torch's old (non-zip) format cannot be listed: allow what is known by name
         return sorted({*_OMEGACONF_TYPES, *_FAIRSEQ_CLASSES})
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise _corrupt(path, error) from error
 
 
@@ -236,7 +236,7 @@ def fairseq_installed() -> bool:
 def import_shells() -> None:
     """Imports every registered shell once; fairseq's own ``--user-dir`` would leave out criterions and optimizers."""
     package = Path(__file__).parent
-    for room in ("tasks", "models", "criterions", "optim"):
+    for room in ("tasks", "models", "criterions", "optim", "scoring"):
         for file in sorted((package / room).glob("*.py")):
             if not file.name.startswith("_"):
                 importlib.import_module(f"s3distill.{room}.{file.stem}")
@@ -250,6 +250,9 @@ def install() -> None:
 
     if getattr(checkpoint_utils.load_checkpoint_to_cpu, "is_s3distill", False):
         return
+    root_logger = logging.getLogger()
+    if root_logger.level == logging.DEBUG and os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
+        root_logger.setLevel(logging.INFO)  # fairseq.models.wav2vec.wav2vec2_classification leaves it at DEBUG
     checkpoint_utils.load_checkpoint_to_cpu = _safe_loader(checkpoint_utils.load_checkpoint_to_cpu)
     distributed_utils.broadcast_object = _safe_broadcast(distributed_utils.broadcast_object)
     PathManager.copy = staticmethod(_atomic_copy(PathManager.copy))

@@ -39,7 +39,8 @@ class _Worker:
             link.symlink_to(data_path)
             data_path = str(link)
         command = [sys.executable, "-I", espeak_worker.__file__, library_path, data_path]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # A session of its own: Ctrl-C is for us, and the worker ends with its stdin
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         atexit.register(self.close)
         status, _, payload = self._read_reply()
         if status != espeak_worker.OK:
@@ -111,7 +112,14 @@ def synthesise(
     _check_arguments(text, rate_wpm, pitch, pitch_range)
     language, _, variant = voice.partition("+")
     name = _LANGUAGE_FILES.get(language, language) + (f"+{variant}" if variant else "")
-    request = {"text": text, "voice": name, "rate": rate_wpm, "pitch": pitch, "range": pitch_range, "seed": seed}
+    request: dict[str, str | int] = {
+        "text": text,
+        "voice": name,
+        "rate": rate_wpm,
+        "pitch": pitch,
+        "range": pitch_range,
+        "seed": seed,
+    }
     with _lock:
         worker = _worker(os.getpid())
         # The library ignores a variant that it does not know, in silence: look it up here.

@@ -1,0 +1,1 @@
+"""Measurements, training curves and the report."""

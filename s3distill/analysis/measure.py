@@ -1,0 +1,157 @@
+"""What a checkpoint costs: parameters, MACs and shapes as `inspect` and the report show them, and measured speed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3distill import compat
+from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
+from s3distill.encoder.config import SAMPLE_RATE
+from s3distill.encoder.speech_model import SpeechModel
+from s3distill.gates.cost import UTTERANCE_S, GateCounts, breakdown, count_macs_per_second
+
+# prefix of a parameter that is no part of the encoder -> what `describe` counts it under
+_EXTRA_PARTS = {".heads.": "prediction_heads", ".gates.": "gates", ".lagrangian.": "gates"}
+
+
+@dataclass(frozen=True)
+class RTF:
+    """Speed of an encoder on one utterance: batch 1, float32.
+
+    Attributes:
+        rtf: processing time / audio time; below 1 is faster than real time.
+        processing_s: the fastest of the repeats, seconds.
+        audio_s: length of the audio, seconds.
+        num_threads: CPU threads that were used.
+    """
+
+    rtf: float
+    processing_s: float
+    audio_s: float
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Two encoders on the same audio; ``speedup`` = teacher's time / student's time."""
+
+    speedup: float
+    teacher: RTF
+    student: RTF
+
+
+def measure_rtf(model: SpeechModel, seconds: float = UTTERANCE_S, repeats: int = 5, num_threads: int | None = None) -> RTF:
+    """Times the encoder on noise, after one run to warm up; the minimum of ``repeats``, which other load disturbs least.
+
+    Args:
+        seconds: length of the audio; attention makes long audio slower per second.
+        num_threads: CPU threads; None keeps torch's setting.
+    Raises:
+        ValueError: no repeats, no threads, or audio shorter than one frame.
+    """
+    return _measure([model], seconds, repeats, num_threads)[0]
+
+
+def measure_speedup(
+    teacher: SpeechModel, student: SpeechModel, seconds: float = UTTERANCE_S, repeats: int = 5, num_threads: int | None = None
+) -> Speedup:
+    """Times two encoders in turn on the same audio, so that a change of the machine's load meets both; see `measure_rtf`."""
+    slow, fast = _measure([teacher, student], seconds, repeats, num_threads)
+    return Speedup(slow.processing_s / fast.processing_s, slow, fast)
+
+
+def _measure(models: list[SpeechModel], seconds: float, repeats: int, num_threads: int | None) -> list[RTF]:
+    if repeats < 1 or (num_threads is not None and num_threads < 1):
+        raise ValueError(f"`repeats` and `num_threads` must be at least 1, but are {repeats} and {num_threads}")
+    num_samples = round(seconds * SAMPLE_RATE)
+    waveform = 0.1 * torch.randn(1, num_samples, generator=torch.Generator().manual_seed(0))
+    best = [float("inf")] * len(models)
+    with torch.inference_mode(), _threads(num_threads):
+        for _ in models:
+            for model in models:
+                _time_once(model, waveform)
+        for _ in range(repeats):
+            best = [min(b, _time_once(m, waveform)) for b, m in zip(best, models, strict=True)]
+        threads = torch.get_num_threads()
+    audio_s = num_samples / SAMPLE_RATE
+    return [RTF(b / audio_s, b, audio_s, threads) for b in best]
+
+
+def _time_once(model: SpeechModel, waveform: Tensor) -> float:
+    device = next(model.parameters()).device
+    waveform = waveform.to(device)
+    _synchronize(device)
+    start = time.perf_counter()
+    model.encoder(waveform)
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _threads(num_threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Everything that a checkpoint says about its size, as plain values for JSON.
+
+    Returns:
+        ``params`` (total without and with what training added: encoder, ctc_head, prediction_heads, gates, other),
+        ``macs_per_second`` of the encoder, their ``breakdown`` by part, ``conv_layers`` and ``layers`` shapes,
+        ``checkpoint_bytes``, and what kind of model it is.
+    Raises:
+        FileNotFoundError, ValueError: see `s3distill.load`.
+    """
+    parsed = parse_checkpoint(compat.load_checkpoint(path), str(path))
+    config, full = parsed.config, GateCounts.full(parsed.config)
+    return {
+        "path": str(path),
+        "checkpoint_bytes": os.path.getsize(path),
+        "model": parsed.model_name,
+        "family": parsed.family,
+        "normalize": parsed.normalize,
+        "num_symbols": None if parsed.head_state is None else int(parsed.head_state["weight"].shape[0]),
+        "params": _count_params(parsed),
+        "macs_per_second": count_macs_per_second(config, full),
+        "breakdown": {
+            "params": breakdown(config, full, "parameters"),
+            "macs_per_second": breakdown(config, full, "macs"),
+        },
+        "embed_dim": config.embed_dim,
+        "extractor_mode": config.extractor_mode,
+        "layer_norm_first": config.layer_norm_first,
+        "conv_layers": [asdict(layer) for layer in config.conv_layers],
+        "layers": [asdict(layer) for layer in config.layers],
+    }
+
+
+def _count_params(parsed: ParsedCheckpoint) -> dict[str, int]:
+    params = {"encoder": _numel(parsed.encoder_state), "ctc_head": _numel(parsed.head_state or {})}
+    params |= {"prediction_heads": 0, "gates": 0, "other": 0}
+    for name, tensor in parsed.extra_state.items():
+        part = next((p for prefix, p in _EXTRA_PARTS.items() if prefix in f".{name}"), "other")
+        params[part] += tensor.numel()
+    params["total"] = sum(params.values())
+    return params
+
+
+def _numel(state: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in state.values())

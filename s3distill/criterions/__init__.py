@@ -1,0 +1,1 @@
+"""Registered criterions; the file name is the registered name."""

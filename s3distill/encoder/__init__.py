@@ -1,0 +1,1 @@
+"""The speech encoder, for teacher and student alike."""

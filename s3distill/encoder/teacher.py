@@ -1,0 +1,63 @@
+"""The frozen teacher of a distillation: hidden states, and nothing that a student's checkpoint or optimizer sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from s3distill.encoder.checkpoint import ParsedCheckpoint
+from s3distill.encoder.config import EncoderConfig
+from s3distill.encoder.model import SpeechEncoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Teacher:
+    """A frozen encoder in eval mode, run under `inference_mode`, only as deep as asked.
+
+    It is no `nn.Module` on purpose: a task or criterion that holds it adds nothing to checkpoints, DDP or the optimizer.
+
+    Attributes:
+        config: shape of the whole teacher, also when only its lower layers are kept.
+        normalize: whether its waveforms are normalised.
+    """
+
+    def __init__(self, checkpoint: ParsedCheckpoint, dtype: str = "float32", name: str = "the teacher") -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"`teacher_dtype` must be one of {', '.join(DTYPES)}, but is {dtype!r}")
+        self.config: EncoderConfig = checkpoint.config
+        self.normalize = checkpoint.normalize
+        self.name = name
+        self.dtype = DTYPES[dtype]
+        self._encoder = SpeechEncoder(checkpoint.config)
+        self._encoder.load_encoder_state(checkpoint.encoder_state, name)
+        self._encoder.eval().requires_grad_(False).to(self.dtype)
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raises `ValueError` for layers that the teacher lacks."""
+        lacking = [layer for layer in layers if not 0 <= layer <= self.config.num_layers]
+        if lacking:
+            raise ValueError(
+                f"layers to match must be within 0 to {self.config.num_layers}, the layers of {self.name}, but include {lacking}; "
+                "correct model.distill_layers"
+            )
+
+    def hidden_states(self, source: Tensor, padding_mask: Tensor | None, layers: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
+        """Hidden states of ``layers``, as deep as the deepest of them.
+
+        Args:
+            source: [B, S], 16 kHz.
+            padding_mask: [B, S], True = padding, or None.
+        Returns:
+            per layer [B, T, C] float32, and the frame padding mask [B, T] or None.
+        """
+        self.check_layers(layers)
+        if next(self._encoder.parameters()).device != source.device:
+            self._encoder.to(source.device)
+        with torch.inference_mode():
+            out = self._encoder(source.to(self.dtype), padding_mask, num_layers=max(layers))
+        # cloned outside of inference mode: losses save their targets for the backward pass
+        states = [out.hidden_states[layer].clone().float() for layer in layers]
+        return states, None if out.padding_mask is None else out.padding_mask.clone()

@@ -1,0 +1,5 @@
+"""Layer-prediction heads: what maps a student's hidden states to its teacher's."""
+
+from s3distill.heads.layer_heads import INITS, MODES, SHARINGS, HeadsConfig, LayerHeads, least_squares, parse_pairs
+
+__all__ = ["INITS", "MODES", "SHARINGS", "HeadsConfig", "LayerHeads", "least_squares", "parse_pairs"]

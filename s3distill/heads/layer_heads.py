@@ -1,0 +1,253 @@
+"""Layer-prediction heads: student hidden states in, predictions of teacher hidden states out (training only)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MODES = ("layer2layer", "predlayer")
+SHARINGS = ("own", "shared")
+INITS = ("identity", "least_squares", "default")
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """Which student layer predicts which teacher layer, and how.
+
+    Args:
+        pairs: (student layer, teacher layer) per head; 0 = what enters the first layer, i = output of layer i. In
+            ``predlayer`` mode the student layer is of no account.
+        student_dim, teacher_dim: widths of the hidden states.
+        num_student_layers: Transformer layers of the student.
+        mode: ``layer2layer``: one Linear per pair (DPHuBERT). ``predlayer``: all heads read the student's last layer
+            through Linear -> GELU -> Linear (DistilHuBERT), of their own and with torch's initialisation, whatever
+            ``sharing`` and ``init`` say.
+        sharing: ``own``: a Linear per pair; ``shared``: student layer 0 has its own, the others share one.
+        init: ``identity`` (its first rows and columns where the widths differ, zero bias), ``least_squares`` (identity
+            until `LayerHeads.fit_least_squares` is called) or ``default`` (torch's).
+    Raises:
+        ValueError: an unknown choice, a layer that the student lacks, or least squares in ``predlayer`` mode.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    student_dim: int
+    teacher_dim: int
+    num_student_layers: int
+    mode: str = "layer2layer"
+    sharing: str = "shared"
+    init: str = "identity"
+
+    def __post_init__(self) -> None:
+        choices = {"mode": (self.mode, MODES), "sharing": (self.sharing, SHARINGS), "init": (self.init, INITS)}
+        for name, (value, valid) in choices.items():
+            _require(value in valid, f"`{name}` of the heads must be one of {', '.join(valid)}, but is {value!r}")
+        _require(
+            min(self.student_dim, self.teacher_dim) > 0,
+            f"`student_dim` and `teacher_dim` must be positive, but are {self.student_dim} and {self.teacher_dim}",
+        )
+        _require(
+            len(self.pairs) > 0 and all(len(pair) == 2 and min(pair) >= 0 for pair in self.pairs),
+            f"`pairs` must hold one or more (student layer, teacher layer), both >= 0, but is {list(self.pairs)}",
+        )
+        read = self.pairs if self.mode == "layer2layer" else tuple((-1, teacher) for _, teacher in self.pairs)
+        _require(len(set(read)) == len(read), f"the pairs of layers to match must differ, but are {list(self.pairs)}")
+        _require(
+            self.mode == "layer2layer" or self.init != "least_squares",
+            "in `predlayer` mode `init` cannot be least_squares, since a GELU lies between; take default",
+        )
+        for student, teacher in self.pairs:
+            _require(
+                self.mode == "predlayer" or student <= self.num_student_layers,
+                f"the pair {student}:{teacher} names layer {student} of the student, which has layers 0 to "
+                f"{self.num_student_layers} only; change the layers to match",
+            )
+
+    def check_teacher(self, num_teacher_layers: int) -> None:
+        """Raises ValueError where a pair names a layer that a teacher with so many Transformer layers lacks."""
+        for student, teacher in self.pairs:
+            _require(
+                teacher <= num_teacher_layers,
+                f"the pair {student}:{teacher} names layer {teacher} of the teacher, which has layers 0 to "
+                f"{num_teacher_layers} only; change the layers to match",
+            )
+
+    @property
+    def student_layers(self) -> tuple[int, ...]:
+        """The student layer that each head reads."""
+        if self.mode == "predlayer":
+            return (self.num_student_layers,) * len(self.pairs)
+        return tuple(student for student, _ in self.pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that survive JSON; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HeadsConfig:
+        known = sorted(field.name for field in dataclasses.fields(cls))
+        unknown = sorted(set(values) - set(known))
+        _require(not unknown, f"the config of the heads has unknown keys {unknown}; known are {known}")
+        pairs = tuple((int(student), int(teacher)) for student, teacher in values["pairs"])
+        return cls(**{**values, "pairs": pairs})
+
+
+def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """Reads layers to match: ``0,4,8,12`` (the same in student and teacher) or ``0:0,2:4`` (student:teacher), or a mix.
+
+    Raises:
+        ValueError: anything else.
+    """
+    pairs = []
+    for item in text.split(","):
+        student, colon, teacher = item.partition(":")
+        try:
+            pairs.append((int(student), int(teacher if colon else student)))
+        except ValueError as error:
+            raise ValueError(
+                f"the layers to match must read like '0,4,8,12' or '0:0,2:4' (student:teacher), but are {text!r}; "
+                f"{item.strip()!r} is no layer"
+            ) from error
+    return tuple(pairs)
+
+
+class LayerHeads(nn.Module):
+    """One prediction per pair of the config.
+
+        layer2layer  p_j = W_j h_{s_j} + b_j                                       (Peng et al., 2023, DPHuBERT)
+        predlayer    p_j = V_j GELU(W_j h_last + b_j) + c_j, W_j [C_s, C_s]    (Chang et al., 2022, DistilHuBERT)
+
+    Keys: ``linears.N`` (shared: 0 = the one of student layer 0 where a pair has it, the last = the shared one);
+        ``predlayer``
+    has ``hidden`` (all W_j stacked) and ``linears.N`` (V_j).
+    """
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        self.config = config
+        students = config.student_layers
+        self.linear_of_pair = list(range(len(students)))
+        if config.mode == "layer2layer" and config.sharing == "shared":
+            shared = int(0 in students)
+            self.linear_of_pair = [0 if student == 0 else shared for student in students]
+        num_linears = max(self.linear_of_pair) + 1
+        self.hidden: nn.Linear | None = None
+        if config.mode == "predlayer":
+            self.hidden = nn.Linear(config.student_dim, config.student_dim * num_linears)
+        self.linears = nn.ModuleList(nn.Linear(config.student_dim, config.teacher_dim) for _ in range(num_linears))
+        if config.mode == "layer2layer" and config.init != "default":
+            for linear in self._linears():
+                nn.init.eye_(linear.weight)
+                nn.init.zeros_(linear.bias)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(student layer, teacher layer) per prediction."""
+        return tuple(zip(self.config.student_layers, (teacher for _, teacher in self.config.pairs), strict=True))
+
+    @property
+    def deepest_layer(self) -> int:
+        """The deepest student layer that is read; a student need not run further."""
+        return max(self.config.student_layers)
+
+    def forward(self, hidden_states: Sequence[Tensor]) -> list[Tensor]:
+        """Predictions of the teacher's hidden states, in the order of the pairs.
+
+        Args:
+            hidden_states: the student's, by layer, each [B, T, C_s]; index 0 = what enters the first layer.
+        Returns:
+            [B, T, C_t] per pair.
+        """
+        inputs = [hidden_states[student] for student in self.config.student_layers]
+        if self.hidden is not None:
+            inputs = list(F.gelu(self.hidden(inputs[0])).chunk(len(inputs), dim=-1))
+        return [self.linears[index](x) for index, x in zip(self.linear_of_pair, inputs, strict=True)]
+
+    @torch.no_grad()
+    def fit_least_squares(
+        self,
+        student_states: Sequence[Tensor],
+        teacher_states: Sequence[Tensor],
+        padding_mask: Tensor | None = None,
+        ridge: float = 1e-6,
+    ) -> None:
+        """Sets every Linear to the affine map that predicts its teacher layers best, see `least_squares`.
+
+        Args:
+            student_states, teacher_states: hidden states by layer, each [B, T, C]; the same frames in both.
+            padding_mask: [B, T] bool, True = padding, or None.
+        Raises:
+            RuntimeError: the heads are not linear (`predlayer`).
+            ValueError: shapes differ, or no valid frame.
+        """
+        if self.hidden is not None:
+            raise RuntimeError("heads of mode `predlayer` have no least-squares solution; use mode `layer2layer`")
+        for index, linear in enumerate(self._linears()):
+            xs, ys = [], []
+            for (student, teacher), owner in zip(self.config.pairs, self.linear_of_pair, strict=True):
+                if owner == index:
+                    xs.append(_valid_frames(student_states[student], padding_mask))
+                    ys.append(_valid_frames(teacher_states[teacher], padding_mask))
+            weight, bias = least_squares(torch.cat(xs), torch.cat(ys), ridge)
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+
+    def load_matching(self, state: Mapping[str, Tensor]) -> bool:
+        """Takes the parameters of other heads over if all of them fit, by name and shape; else changes nothing.
+
+        Args:
+            state: another `LayerHeads`' ``state_dict``.
+        Returns:
+            Whether they fit.
+        """
+        own = self.state_dict()
+        if set(own) != set(state) or any(own[name].shape != value.shape for name, value in state.items()):
+            return False
+        self.load_state_dict(dict(state))
+        return True
+
+    def _linears(self) -> list[nn.Linear]:
+        return [linear for linear in self.linears if isinstance(linear, nn.Linear)]
+
+
+def least_squares(x: Tensor, y: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The affine map that minimises sum_n ||W x_n + b - y_n||^2 + r ||W||^2, r = ridge * N * (mean variance of x).
+
+    Solved in float64 by the centred normal equations, W^T = (X^T X + r I)^-1 X^T Y and b = mean(y) - W mean(x). The
+    ridge keeps it defined for dead channels and for fewer frames than channels; the bias is free of it.
+
+    Args:
+        x: [N, C_in]
+        y: [N, C_out]
+    Returns:
+        W [C_out, C_in] and b [C_out], float64.
+    Raises:
+        ValueError: ``x`` and ``y`` have not the same number of rows, or none.
+    """
+    if x.shape[0] != y.shape[0] or x.shape[0] == 0:
+        raise ValueError(
+            f"least squares needs the same frames of both sides, at least one, but got {x.shape[0]} and {y.shape[0]}"
+        )
+    x, y = x.double(), y.double()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x, y = x - mean_x, y - mean_y
+    gram = x.T @ x
+    # with constant x the gram is 0 and so is X^T Y; any positive diagonal then gives W = 0
+    gram.diagonal().add_((ridge * gram.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny))
+    weight = torch.linalg.solve(gram, x.T @ y).T
+    return weight, mean_y - weight @ mean_x
+
+
+def _valid_frames(states: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """[B, T, C] -> [N, C]"""
+    return states.flatten(0, 1) if padding_mask is None else states[~padding_mask]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,1 @@
+"""Registered models; the file name is the registered name."""

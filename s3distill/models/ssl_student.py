@@ -1,0 +1,287 @@
+"""`ssl_student`: a speech encoder that is distilled, gated and pruned, and fine-tunes like any pre-trained fairseq model."""
+
+# no `from __future__ import annotations`: fairseq reads the types of config fields
+import logging
+from dataclasses import dataclass, field, fields
+from typing import Any, List, Optional
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models import BaseFairseqModel, register_model
+from omegaconf import II
+from torch import Tensor
+
+from s3distill import compat
+from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options, parse_checkpoint
+from s3distill.encoder.config import ACTIVATIONS, EXTRACTOR_MODES, EncoderConfig, MaskConfig, TrainingConfig
+from s3distill.encoder.model import SpeechEncoder
+from s3distill.gates import MEASURES, UNITS, GateSet, Lagrangian, check_target, count_cost, sparsity
+from s3distill.heads import INITS, MODES, SHARINGS, HeadsConfig, LayerHeads, parse_pairs
+
+logger = logging.getLogger(__name__)
+
+MASK_SELECTIONS = ChoiceEnum(["static", "uniform", "normal", "poisson"])
+
+
+@dataclass
+class SslStudentConfig(FairseqDataclass):
+    """Options of `ssl_student`; those that wav2vec 2.0 has too carry its names."""
+
+    student_path: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "checkpoint that the student starts from (the teacher's, or a compact one): shape and weights; "
+            "heads come along where they fit. None: random weights in the shape of the options below"
+        },
+    )
+    encoder: Optional[str] = field(
+        default=None, metadata={"help": "shape as JSON; filled in when training starts, so that checkpoints rebuild alone"}
+    )
+    # shape from scratch, as in fairseq's wav2vec2
+    extractor_mode: ChoiceEnum(list(EXTRACTOR_MODES)) = field(  # type: ignore[valid-type]
+        default="default", metadata={"help": "default: GroupNorm behind the first conv; layer_norm: LayerNorm behind every conv"}
+    )
+    conv_feature_layers: str = field(
+        default="[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2",
+        metadata={"help": "waveform extractor: list of (channels, kernel, stride)"},
+    )
+    conv_bias: bool = field(default=False, metadata={"help": "bias in the extractor's convolutions"})
+    encoder_layers: int = field(default=12, metadata={"help": "Transformer layers"})
+    encoder_embed_dim: int = field(default=768, metadata={"help": "width of the Transformer"})
+    encoder_ffn_embed_dim: int = field(default=3072, metadata={"help": "inner width of the FFN"})
+    encoder_attention_heads: int = field(default=12, metadata={"help": "attention heads"})
+    activation_fn: ChoiceEnum(list(ACTIVATIONS)) = field(default="gelu", metadata={"help": "activation of the FFN"})  # type: ignore[valid-type]
+    layer_norm_first: bool = field(default=False, metadata={"help": "pre-LN (True) or post-LN (False) layers"})
+    conv_pos: int = field(default=128, metadata={"help": "kernel of the positional convolution, frames"})
+    conv_pos_groups: int = field(default=16, metadata={"help": "groups of the positional convolution"})
+    pos_conv_depth: int = field(default=1, metadata={"help": "positional convolutions in a stack; > 1 is data2vec's"})
+    group_norm_over_padding: bool = field(
+        default=False, metadata={"help": "take GroupNorm statistics over padding too, as fairseq does"}
+    )
+    # training
+    dropout: float = field(default=0.1, metadata={"help": "dropout behind attention and FFN"})
+    attention_dropout: float = field(default=0.1, metadata={"help": "dropout of attention weights"})
+    activation_dropout: float = field(default=0.0, metadata={"help": "dropout inside the FFN"})
+    dropout_input: float = field(default=0.0, metadata={"help": "dropout in front of the Transformer"})
+    encoder_layerdrop: float = field(default=0.0, metadata={"help": "probability of skipping a layer while training"})
+    feature_grad_mult: float = field(default=1.0, metadata={"help": "scales the extractor's gradient; 0 freezes it"})
+    checkpoint_activations: bool = field(default=False, metadata={"help": "recompute layers in the backward pass to save memory"})
+    # SpecAugment masks
+    mask_prob: float = field(default=0.0, metadata={"help": "share of frames that start inside a masked span"})
+    mask_length: int = field(default=10, metadata={"help": "length of a masked span, frames"})
+    mask_selection: MASK_SELECTIONS = field(default="static", metadata={"help": "how span lengths are drawn"})  # type: ignore[valid-type]
+    mask_other: float = field(default=0, metadata={"help": "second parameter of `mask_selection`"})
+    no_mask_overlap: bool = field(default=False, metadata={"help": "spans do not overlap"})
+    mask_min_space: int = field(default=1, metadata={"help": "frames between spans that do not overlap"})
+    mask_channel_prob: float = field(default=0.0, metadata={"help": "share of channels that start inside a masked span"})
+    mask_channel_length: int = field(default=10, metadata={"help": "length of a masked span, channels"})
+    mask_channel_selection: MASK_SELECTIONS = field(default="static", metadata={"help": "how span lengths are drawn"})  # type: ignore[valid-type]
+    mask_channel_other: float = field(default=0, metadata={"help": "second parameter of `mask_channel_selection`"})
+    no_mask_channel_overlap: bool = field(default=False, metadata={"help": "channel spans do not overlap"})
+    mask_channel_min_space: int = field(default=1, metadata={"help": "channels between spans that do not overlap"})
+    mask_channel_before: bool = field(default=False, metadata={"help": "mask channels before frames"})
+    require_same_masks: bool = field(default=True, metadata={"help": "equally many masked frames in every utterance"})
+    mask_dropout: float = field(default=0.0, metadata={"help": "share of masked frames that are opened again"})
+    # prediction heads
+    distill_layers: str = field(
+        default="",
+        metadata={
+            "help": "layers to match, e.g. '0,4,8,12' (same index in student and teacher) or '0:0,2:4' (student:teacher); "
+            "0 = what enters the first layer; empty: no heads"
+        },
+    )
+    head_mode: ChoiceEnum(list(MODES)) = field(  # type: ignore[valid-type]
+        default="layer2layer", metadata={"help": "layer2layer: each from its own student layer; predlayer: all from the last one"}
+    )
+    head_sharing: ChoiceEnum(list(SHARINGS)) = field(  # type: ignore[valid-type]
+        default="shared",
+        metadata={"help": "of layer2layer: shared (layer 0 has its own head, the others one in common) or own (one per layer)"},
+    )
+    head_init: ChoiceEnum(list(INITS)) = field(  # type: ignore[valid-type]
+        default="identity",
+        metadata={
+            "help": "of layer2layer: identity (truncated where widths differ), least_squares (fitted at the start) or default (random)"
+        },
+    )
+    teacher_dim: int = field(default=0, metadata={"help": "width of the teacher; 0: taken from the task's teacher"})
+    # L0 gates
+    prune_units: List[str] = field(
+        default_factory=list,
+        metadata={"help": f"structures with L0 gates, of {', '.join(UNITS)}; empty: nothing is pruned"},
+    )
+    prune_measure: ChoiceEnum(list(MEASURES)) = field(  # type: ignore[valid-type]
+        default="params", metadata={"help": "what sparsity counts: parameters, or MACs per second of audio"}
+    )
+    gate_init_drop: float = field(default=0.01, metadata={"help": "probability that a gate is closed at the start"})
+    reference_cost: float = field(
+        default=0.0, metadata={"help": "cost that sparsity is relative to; 0: the task's teacher's, else the student's own"}
+    )
+    normalize: bool = II("task.normalize")
+    seed: int = II("common.seed")
+
+
+@register_model("ssl_student", dataclass=SslStudentConfig)
+class SslStudent(SpeechEncoder, BaseFairseqModel):
+    """The encoder under fairseq's keys, plus ``heads.*``, ``gates.*`` and ``lagrangian.*`` while it is distilled."""
+
+    def __init__(self, cfg: SslStudentConfig, config: EncoderConfig) -> None:
+        training = TrainingConfig(
+            dropout=cfg.dropout,
+            attention_dropout=cfg.attention_dropout,
+            activation_dropout=cfg.activation_dropout,
+            dropout_input=cfg.dropout_input,
+            layerdrop=cfg.encoder_layerdrop,
+            feature_grad_mult=cfg.feature_grad_mult,
+            checkpoint_activations=cfg.checkpoint_activations,
+        )
+        masking = MaskConfig(**{f.name: getattr(cfg, f.name) for f in fields(MaskConfig)})
+        super().__init__(config, training, masking)
+        self.cfg = cfg
+        self.num_updates = 0
+        self.heads_loaded = False
+        self.heads: LayerHeads | None = None
+        self.gates: GateSet | None = None
+        self.lagrangian: Lagrangian | None = None
+        if cfg.distill_layers:
+            self.heads = LayerHeads(_heads_config(cfg, config))
+        if cfg.prune_units:
+            self.gates = GateSet(config, list(cfg.prune_units), init_drop=cfg.gate_init_drop)
+            self.lagrangian = Lagrangian()
+            for module, group in ((self.gates, "gate"), (self.lagrangian, "multiplier")):
+                for parameter in module.parameters():
+                    parameter.param_group = group  # the optimizer gives these groups their own learning rate
+
+    @classmethod
+    def build_model(cls, cfg: SslStudentConfig, task: Any) -> "SslStudent":
+        """Shape, weights, heads and gates; what was taken from files goes into ``cfg``, so that checkpoints rebuild alone."""
+        start = None if cfg.encoder or not cfg.student_path else _read(cfg.student_path, bool(cfg.normalize))
+        config = start.config if start is not None else config_from_options(cfg, "ssl_student")  # type: ignore[arg-type]
+        cfg.encoder = config.to_json()
+        cfg.encoder_embed_dim = config.embed_dim
+        teacher = getattr(task, "teacher", None) if (cfg.distill_layers and not cfg.teacher_dim) else None
+        if teacher is not None:
+            teacher.check_layers([t for _, t in parse_pairs(cfg.distill_layers)])
+            cfg.teacher_dim = teacher.config.embed_dim
+        elif cfg.distill_layers and not cfg.teacher_dim:
+            cfg.teacher_dim = config.embed_dim
+        if cfg.prune_units and not cfg.reference_cost:
+            whole = teacher.config if teacher is not None else config
+            cfg.reference_cost = float(count_cost(whole, None, str(cfg.prune_measure)))
+        model = cls(cfg, config)
+        if start is not None:
+            model._load_start(start, str(cfg.student_path))
+        return model
+
+    def _load_start(self, start: ParsedCheckpoint, path: str) -> None:
+        """Weights of the student, and heads where the file has them in the same shape."""
+        self.load_encoder_state(start.encoder_state, path)
+        if self.heads is None:
+            return
+        found = {k.removeprefix("heads."): v for k, v in start.extra_state.items() if k.startswith("heads.")}
+        self.heads_loaded = self.heads.load_matching(found)
+        init = "come along" if self.heads_loaded else f"start from {self.heads.config.init}"
+        logger.info("student starts from %s, its heads %s", path, init)
+
+    def forward(
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None = None,
+        mask: bool = False,
+        target_sparsity: float | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """One pass of distillation.
+
+        Args:
+            source: [B, S], 16 kHz.
+            padding_mask: [B, S], True = padding, or None.
+            target_sparsity: where the size constraint is to be at this update; None leaves the penalty out.
+        Returns:
+            ``predictions`` (per pair [B, T, C_teacher]), ``padding_mask`` [B, T], ``expected_sparsity`` and ``penalty`` (scalars,
+            None without gates).
+        """
+        assert self.heads is not None, "a student without heads cannot be distilled"
+        gates = None
+        if self.gates is not None:
+            gates = self.gates.sample(self.cfg.seed + self.num_updates) if self.training else self.gates.deterministic()
+        out = SpeechEncoder.forward(self, source, padding_mask, mask=mask, gates=gates, num_layers=self.heads.deepest_layer)
+        expected, penalty = None, None
+        if self.gates is not None:
+            assert self.lagrangian is not None
+            expected = self.expected_sparsity()
+            if target_sparsity is not None:
+                penalty = self.lagrangian(expected, target_sparsity)
+        return {
+            "predictions": self.heads(out.hidden_states),
+            "hidden_states": out.hidden_states,
+            "padding_mask": out.padding_mask,
+            "expected_sparsity": expected,
+            "penalty": penalty,
+        }
+
+    def expected_sparsity(self) -> Tensor:
+        """Share of the reference cost that the gates are expected to remove; scalar, differentiable in the gates."""
+        assert self.gates is not None
+        counts = self.gates.expected_counts()
+        return sparsity(self.config, counts, str(self.cfg.prune_measure), self.cfg.reference_cost)  # type: ignore[return-value]
+
+    def check_target_sparsity(self, target: float) -> None:
+        """Refuses a target that closing every gate cannot reach (`ValueError`)."""
+        check_target(self.config, list(self.cfg.prune_units), target, str(self.cfg.prune_measure), self.cfg.reference_cost)
+
+    def extract_features(
+        self, source: Tensor, padding_mask: Tensor | None, mask: bool = False, layer: int | None = None, **_: Any
+    ) -> dict[str, Any]:
+        """fairseq's interface of pre-trained encoders.
+
+        Args:
+            layer: stop behind this layer, 0-based as in fairseq; None runs all.
+        Returns:
+            ``x`` [B, T, C], ``padding_mask`` [B, T] or None, ``features`` [B, T, C_conv], ``layer_results``: per layer
+            (output [T, B, C], None, FFN output before the residual [T, B, C]), ``hidden_states``: L+1 tensors [B, T, C].
+        """
+        gates = self.gates.deterministic() if self.gates is not None else None
+        out = SpeechEncoder.forward(
+            self, source, padding_mask, mask=mask, gates=gates, num_layers=None if layer is None else layer + 1
+        )
+        x = out.hidden_states[-1] if layer is not None else out.x
+        results = [
+            (h.transpose(0, 1), None, f.transpose(0, 1)) for h, f in zip(out.hidden_states[1:], out.ffn_outputs, strict=True)
+        ]
+        return {
+            "x": x,
+            "padding_mask": out.padding_mask,
+            "features": out.features,
+            "layer_results": results,
+            "hidden_states": out.hidden_states,
+        }
+
+    def remove_pretraining_modules(self, last_layer: int | None = None) -> None:
+        """Drops heads and multipliers; gates too, once nothing is left to learn (a pruned checkpoint has none)."""
+        self.heads = None
+        self.lagrangian = None
+
+    def set_num_updates(self, num_updates: int) -> None:
+        super().set_num_updates(num_updates)
+        self.num_updates = num_updates
+
+
+def _heads_config(cfg: SslStudentConfig, config: EncoderConfig) -> HeadsConfig:
+    return HeadsConfig(
+        pairs=parse_pairs(cfg.distill_layers),
+        student_dim=config.embed_dim,
+        teacher_dim=cfg.teacher_dim,
+        num_student_layers=config.num_layers,
+        mode=str(cfg.head_mode),
+        sharing=str(cfg.head_sharing),
+        init=str(cfg.head_init),
+    )
+
+
+def _read(path: str, normalize: bool) -> ParsedCheckpoint:
+    parsed = parse_checkpoint(compat.load_checkpoint(path), path)
+    if parsed.normalize != normalize:
+        raise ValueError(
+            f"`task.normalize` must be what the checkpoint was trained with: {path} has normalize={parsed.normalize}, but the task "
+            f"has {normalize}; pass task.normalize={str(parsed.normalize).lower()}"
+        )
+    return parsed

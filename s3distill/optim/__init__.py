@@ -1,0 +1,1 @@
+"""Registered optimizers; the file name is the registered name."""

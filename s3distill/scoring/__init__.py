@@ -1,0 +1,1 @@
+"""Registered scorers of `fairseq-generate`; the file name is the registered name."""

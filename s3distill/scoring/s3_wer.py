@@ -1,0 +1,89 @@
+"""`s3_wer`: word and unit error rates of `fairseq-generate --task audio_ctc`, and the files of ``--results-path``."""
+
+# no `from __future__ import annotations`: fairseq reads the types of config fields
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from fairseq.data.data_utils import post_process
+from fairseq.dataclass import FairseqDataclass
+from fairseq.scoring import BaseScorer, register_scorer
+from omegaconf import II
+
+from s3distill.data.manifest import write_lines
+from s3distill.decoding.scoring import ErrorRates, error_rates
+from s3distill.decoding.transcripts import Transcripts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class S3WerConfig(FairseqDataclass):
+    """Nothing to set: all is taken from the options of the run."""
+
+    post_process: Optional[str] = II("common_eval.post_process")
+    results_path: Optional[str] = II("common_eval.results_path")
+    path: Optional[str] = II("common_eval.path")
+    gen_subset: str = II("dataset.gen_subset")
+
+
+@register_scorer("s3_wer", dataclass=S3WerConfig)
+class S3WerScorer(BaseScorer):
+    """WER against `.wrd` where that file lies beside the manifest, else against the labels joined to words; UER against the labels."""
+
+    # fairseq builds a scorer from its config alone, so the generator of the run leaves its transcripts here
+    run: Optional[Transcripts] = None
+
+    def __init__(self, cfg: S3WerConfig) -> None:
+        super().__init__(cfg)
+        if self.run is None:
+            raise RuntimeError("`--scoring s3_wer` scores what `--task audio_ctc` decodes; pass that task, or another --scoring")
+        self.transcripts = self.run
+
+    def score(self) -> float:
+        """WER, percent."""
+        return self._score()[0].wer
+
+    def result_string(self) -> str:
+        """The line at the end of `fairseq-generate`; its last call in a run, so the result files are written here."""
+        rates, texts = self._score()
+        if self.cfg.results_path:
+            self._write(Path(self.cfg.results_path), rates, texts)
+        return f"{rates}; decoded {self.transcripts.audio_seconds:.1f} s of audio in {self.transcripts.decode_seconds:.1f} s"
+
+    def _score(self) -> "tuple[ErrorRates, Dict[str, List[str]]]":
+        """Error rates, and the texts behind them by the name of their file, in the manifest's order."""
+        transcripts = self.transcripts.in_order()
+        if len(transcripts) != len(self.ref):
+            raise RuntimeError(f"{len(transcripts)} utterances were decoded, but {len(self.ref)} scored; decode each once per run")
+        words = self.transcripts.words.get(self.cfg.gen_subset)
+        texts = {
+            "hypo.units": [t.hypothesis for t in transcripts],
+            "ref.units": [t.reference for t in transcripts],
+            "hypo.word": [self._words(t.hypothesis) for t in transcripts],
+            "ref.word": [words[t.utterance] if words else self._words(t.reference) for t in transcripts],
+        }
+        return error_rates(texts["ref.word"], texts["hypo.word"], texts["ref.units"], texts["hypo.units"]), texts
+
+    def _words(self, units: str) -> str:
+        default = "letter" if self.transcripts.has_word_boundary else "none"
+        return " ".join(post_process(units, self.cfg.post_process or default).split())
+
+    def _write(self, folder: Path, rates: ErrorRates, texts: Dict[str, List[str]]) -> None:
+        """The files that fairseq's examples/speech_recognition/infer.py writes, and the scores as JSON."""
+        ids = [t.utterance for t in self.transcripts.in_order()]
+        model, subset = os.path.basename(str(self.cfg.path)), self.cfg.gen_subset
+        for kind, lines in texts.items():
+            # infer.py names a speaker, too, and has none: every line ends in "(None-utterance)"
+            write_lines(folder / f"{kind}-{model}-{subset}.txt", (f"{t} (None-{i})" for t, i in zip(lines, ids, strict=True)))
+        scores: Dict[str, Any] = {
+            **rates.to_dict(),
+            "word_references": "wrd" if subset in self.transcripts.words else "labels",
+            "decode_seconds": self.transcripts.decode_seconds,
+            "audio_seconds": self.transcripts.audio_seconds,
+        }
+        write_lines(folder / f"scores-{subset}.json", [json.dumps(scores, indent=2)])
+        logger.info("%d transcripts and scores-%s.json written to %s", len(ids), subset, folder)

@@ -1,0 +1,1 @@
+"""Registered tasks; the file name is the registered name."""

@@ -1,0 +1,62 @@
+"""What the audio tasks share: checks before training, manifests with relative roots, crops that a seed decides."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fairseq.data.audio.raw_audio_dataset import FileAudioDataset
+from torch import Tensor
+
+from s3distill.data.manifest import read_manifest, validate_for_training
+
+logger = logging.getLogger(__name__)
+
+
+class SeededCropDataset(FileAudioDataset):
+    """fairseq's `FileAudioDataset` whose random crops depend on seed, epoch and utterance only, so resumed runs repeat them."""
+
+    def __init__(self, *args: Any, seed: int = 1, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.seed, self.epoch = seed, 1
+        self._rng = np.random.default_rng(seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.epoch = epoch
+
+    @property
+    def can_reuse_epoch_itr_across_epochs(self) -> bool:
+        return False
+
+    def collater(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        first = samples[0]["id"] if samples else 0
+        self._rng = np.random.default_rng([self.seed, self.epoch, first])
+        return super().collater(samples)
+
+    def crop_to_max_size(self, t: Tensor, target_size: int, dim: int = 0) -> Tensor:
+        surplus = t.size(dim) - target_size
+        if surplus <= 0:
+            return t
+        return t.narrow(dim, int(self._rng.integers(surplus + 1)), target_size)
+
+
+def check_split(data: str, split: str, labels: str | None, dictionary: str | None = None) -> Path:
+    """Validates a split's manifest (and labels) before training and returns the manifest's root folder.
+
+    Raises:
+        FileNotFoundError, ValueError: the first faults with file, line, rule and remedy.
+    """
+    manifest_path = Path(data) / f"{split}.tsv"
+    label_path = Path(data) / f"{split}.{labels}" if labels else None
+    dict_path = Path(dictionary or data) / f"dict.{labels}.txt" if labels else None
+    validate_for_training(manifest_path, label_path, dict_path)
+    return Path(read_manifest(manifest_path).root)
+
+
+def set_root(dataset: Any, root: Path) -> None:
+    """Gives the audio dataset inside wrappers (labels, subsets) its absolute root."""
+    while not isinstance(dataset, FileAudioDataset):
+        dataset = dataset.dataset
+    dataset.root_dir = str(root)

@@ -1,0 +1,191 @@
+"""`audio_ctc`: labelled audio for CTC fine-tuning, and decoding it with `fairseq-generate`."""
+
+# no `from __future__ import annotations`: fairseq reads the types of config fields
+import importlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from fairseq import utils
+from fairseq.data import Dictionary
+from fairseq.tasks import register_task
+from fairseq.tasks.audio_finetuning import AudioFinetuningConfig, AudioFinetuningTask
+from torch import Tensor
+
+from s3distill.data.manifest import read_dictionary, read_labels
+from s3distill.decoding.ctc import CtcHypothesis, average_log_probs, greedy_decode
+from s3distill.decoding.transcripts import Transcript, Transcripts
+from s3distill.encoder.config import SAMPLE_RATE
+from s3distill.scoring.s3_wer import S3WerScorer
+from s3distill.tasks._audio import check_split, set_root
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AudioCtcConfig(AudioFinetuningConfig):
+    """fairseq's `audio_finetuning` options."""
+
+
+@register_task("audio_ctc", dataclass=AudioCtcConfig)
+class AudioCtcTask(AudioFinetuningTask):
+    """fairseq's `audio_finetuning` with manifests checked before training, relative roots, and greedy decoding."""
+
+    cfg: AudioCtcConfig
+
+    def __init__(self, cfg: AudioCtcConfig) -> None:
+        if not cfg.labels:
+            raise ValueError("`task.labels` must name the label files' ending, but is empty; pass task.labels=ltr (--labels ltr)")
+        super().__init__(cfg)
+        self.words: Dict[str, List[str]] = {}  # per split, what `.wrd` says of each utterance of the dataset
+
+    def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        if getattr(cfg, "_name", None) == "ctc":
+            try:
+                importlib.import_module("editdistance")
+            except ImportError as error:  # fairseq's criterion would fail at the first validation, an epoch later
+                raise RuntimeError("criterion `ctc` needs the package editdistance to validate; run: pip install editdistance") from error
+        return super().build_criterion(cfg, from_checkpoint)
+
+    def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
+        """Loads a split; decoding passes the checkpoint's own ``task_cfg``, so its ``normalize`` counts, not the command's."""
+        options = task_cfg or self.cfg
+        parts = _parts(split, options.multi_corpus_keys)
+        roots = {}
+        if not options.get("binarized_dataset", False):
+            for key, name in parts:
+                roots[key] = check_split(self.cfg.data, name, options.labels, self.cfg.target_dictionary)
+            self._check_dictionary(options.labels)
+        super().load_dataset(split, task_cfg, **kwargs)
+        for key, root in roots.items():
+            set_root(self.datasets[split] if key is None else self.dataset_map[split][key], root)
+        if parts[0][0] is None:
+            self._report_crops(split)
+            words = Path(self.cfg.data) / f"{split}.wrd"
+            if words.is_file():
+                self.words[split] = self._utterances_of(split, words)
+
+    def _check_dictionary(self, labels: str) -> None:
+        """The dictionary in use (a checkpoint's own, when decoding) must number the symbols as the data's file does."""
+        path = Path(self.cfg.target_dictionary or self.cfg.data) / f"dict.{labels}.txt"
+        from_file, in_use = list(read_dictionary(path)), self.target_dictionary.symbols[self.target_dictionary.nspecial :]
+        # fairseq pads dictionaries of checkpoints to a multiple of 8 with madeupword symbols
+        in_use = [s for s in in_use if not s.startswith("madeupword")]
+        if from_file != in_use:
+            differing = sorted(set(from_file) ^ set(in_use)) or ["their order"]
+            raise ValueError(
+                f"{path} must be the dictionary that the model was trained with, but differs in {', '.join(differing[:8])}; copy the "
+                "dictionary of the training data there"
+            )
+
+    def _report_crops(self, split: str) -> None:
+        limit = self.cfg.max_sample_size
+        num_long = 0 if limit is None else sum(int(size) > limit for size in _audio(self.datasets[split]).sizes)
+        if num_long:
+            logger.warning(
+                "%d utterances of %s are longer than task.max_sample_size = %d: their audio is cropped, their labels are not", num_long, split, limit
+            )
+
+    def _utterances_of(self, split: str, path: Path) -> List[str]:
+        """Lines of a label file that belong to the dataset's utterances (too short ones were skipped)."""
+        lines, dataset = read_labels(path), self.datasets[split]
+        skipped = getattr(_audio(dataset), "skipped_indices", set())
+        if len(lines) != len(dataset) + len(skipped):
+            raise ValueError(
+                f"{path} must have a line for each of the {len(dataset) + len(skipped)} utterances of its manifest, but has {len(lines)}; "
+                "write both again, together, or remove it to score against the labels"
+            )
+        return [line for i, line in enumerate(lines) if i not in skipped]
+
+    def get_batch_iterator(self, dataset: Any, max_tokens: Optional[int] = None, *args: Any, **kwargs: Any) -> Any:
+        sizes = getattr(_audio(dataset), "sizes", ())
+        if max_tokens is not None and len(sizes) and int(max(sizes)) > max_tokens:
+            raise ValueError(
+                f"a batch must hold the longest utterance, {int(max(sizes))} samples, but --max-tokens is {max_tokens} (fairseq-generate's "
+                "default is 12000, meant for text); pass --batch-size, or more --max-tokens (samples per batch)"
+            )
+        return super().get_batch_iterator(dataset, max_tokens, *args, **kwargs)
+
+    def build_generator(self, models: Any, args: Any, *rest: Any, **options: Any) -> Any:
+        if self.cfg.autoregressive:
+            return super().build_generator(models, args, *rest, **options)
+        dictionary = self.target_dictionary
+        generator = CtcGenerator(dictionary, dictionary.index(self.blank_symbol), self.words)
+        S3WerScorer.run = generator.transcripts
+        return generator
+
+
+class CtcGenerator:
+    """What `fairseq-generate` calls for each batch of a CTC model; keeps the transcripts for `s3_wer`.
+
+    Args:
+        dictionary: symbols of the model's output.
+        blank: index of the blank.
+        words: see `Transcripts.words`.
+    """
+
+    def __init__(self, dictionary: Dictionary, blank: int, words: Dict[str, List[str]]) -> None:
+        self.dictionary, self.blank = dictionary, blank
+        self.symbols_to_strip_from_output = {blank, dictionary.pad(), dictionary.eos()}
+        self.transcripts = Transcripts(words, has_word_boundary="|" in dictionary.symbols)
+
+    @torch.no_grad()
+    def generate(self, models: List[Any], sample: Dict[str, Any], **_: Any) -> List[List[Dict[str, Any]]]:
+        """Decodes a batch.
+
+        Returns:
+            Per utterance a list of one hypothesis: ``tokens`` [N], ``score`` and ``positional_scores`` [N] (natural logarithm),
+            ``alignment`` [N, 2] (frame, position of the symbol that begins there).
+        """
+        start = time.perf_counter()
+        outputs = [_frames(model, sample["net_input"]) for model in models]
+        hypotheses = greedy_decode(average_log_probs([p for p, _ in outputs]), outputs[0][1], self.blank)
+        self.transcripts.decode_seconds += time.perf_counter() - start
+        self._keep(sample, hypotheses)
+        return [[_to_fairseq(h)] for h in hypotheses]
+
+    def _keep(self, sample: Dict[str, Any], hypotheses: List[CtcHypothesis]) -> None:
+        source, padding_mask = sample["net_input"]["source"], sample["net_input"].get("padding_mask")
+        num_samples = source.numel() if padding_mask is None else int((~padding_mask).sum())
+        self.transcripts.audio_seconds += num_samples / SAMPLE_RATE
+        for utterance, target, hypothesis in zip(sample["id"].tolist(), sample["target"], hypotheses, strict=True):
+            reference = utils.strip_pad(target, self.dictionary.pad())
+            self.transcripts.add(Transcript(utterance, self._units(hypothesis.tokens), self._units(reference, escape_unk=True)))
+
+    def _units(self, tokens: Tensor, escape_unk: bool = False) -> str:
+        return str(self.dictionary.string(tokens.int().cpu(), None, escape_unk, self.symbols_to_strip_from_output))
+
+
+def _frames(model: Any, net_input: Dict[str, Any]) -> Tuple[Tensor, Optional[Tensor]]:
+    """Log-probabilities [B, T, V] of a fairseq CTC model and its padding mask [B, T]."""
+    output = model(**net_input)
+    log_probs = model.get_normalized_probs(output, log_probs=True)  # [T, B, V]
+    # read behind get_normalized_probs, in which some models still correct the mask's length
+    return log_probs.transpose(0, 1), output["padding_mask"]
+
+
+def _to_fairseq(hypothesis: CtcHypothesis) -> Dict[str, Any]:
+    positions = torch.arange(len(hypothesis.tokens))
+    return {
+        "tokens": hypothesis.tokens,
+        "score": hypothesis.score,
+        "positional_scores": hypothesis.positional_scores.clone(),  # fairseq changes it in place
+        "alignment": torch.stack([hypothesis.timesteps, positions], dim=1),
+    }
+
+
+def _parts(split: str, multi_corpus_keys: Optional[str]) -> List[Tuple[Optional[str], str]]:
+    """(corpus, manifest name) pairs of a split; fairseq writes several corpora as ``key:name,key:name``."""
+    if multi_corpus_keys is None:
+        return [(None, split)]
+    return [(key.strip(), name.strip()) for key, name in (part.split(":") for part in split.split(","))]
+
+
+def _audio(dataset: Any) -> Any:
+    """The audio dataset inside wrappers (labels, subsets)."""
+    while hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return dataset

@@ -1,0 +1,113 @@
+"""`audio_distill`: unlabelled audio and a frozen teacher."""
+
+# no `from __future__ import annotations`: fairseq reads the types of config fields
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from fairseq.dataclass import ChoiceEnum
+from fairseq.tasks import register_task
+from fairseq.tasks.audio_pretraining import AudioPretrainingConfig, AudioPretrainingTask
+from omegaconf import open_dict
+
+from s3distill import compat
+from s3distill.encoder.checkpoint import parse_checkpoint
+from s3distill.encoder.config import SAMPLE_RATE
+from s3distill.encoder.teacher import DTYPES, Teacher
+from s3distill.tasks._audio import SeededCropDataset, check_split
+
+logger = logging.getLogger(__name__)
+
+NUM_FIT_UTTERANCES = 16  # for least-squares heads: at 10 s each, 8,000 frames for at most 1,024 x 1,024 unknowns
+
+
+@dataclass
+class AudioDistillConfig(AudioPretrainingConfig):
+    """fairseq's `audio_pretraining` options, plus the teacher."""
+
+    teacher_path: Optional[str] = field(
+        default=None, metadata={"help": "checkpoint of the teacher, pre-trained or fine-tuned"}
+    )
+    teacher_dtype: ChoiceEnum(list(DTYPES)) = field(  # type: ignore[valid-type]
+        default="float32", metadata={"help": "precision that the teacher runs in"}
+    )
+
+
+@register_task("audio_distill", dataclass=AudioDistillConfig)
+class AudioDistillTask(AudioPretrainingTask):
+    """Loads manifests as they are, and the teacher when something first asks for it.
+
+    The teacher is no attribute that fairseq saves: checkpoints of students rebuild and fine-tune without its file.
+    """
+
+    cfg: AudioDistillConfig
+
+    def __init__(self, cfg: AudioDistillConfig) -> None:
+        super().__init__(cfg)
+        self._teacher: Optional[Teacher] = None
+
+    @property
+    def teacher(self) -> Teacher:
+        """The frozen teacher; its file is read on first use."""
+        if self._teacher is None:
+            path = self.cfg.teacher_path
+            if not path:
+                raise ValueError("`task.teacher_path` must name the teacher's checkpoint, but is empty")
+            teacher = Teacher(parse_checkpoint(compat.load_checkpoint(path), path), str(self.cfg.teacher_dtype), f"teacher {path}")
+            if teacher.normalize != bool(self.cfg.normalize):
+                raise ValueError(
+                    f"`task.normalize` must be what the teacher was trained with: {path} has normalize={teacher.normalize}, but the "
+                    f"task has {bool(self.cfg.normalize)}; pass task.normalize={str(teacher.normalize).lower()}"
+                )
+            logger.info("teacher %s: %d layers, width %d, %s", path, teacher.config.num_layers, teacher.config.embed_dim, teacher.dtype)
+            self._teacher = teacher
+        return self._teacher
+
+    def build_model(self, model_cfg: Any, from_checkpoint: bool = False) -> Any:
+        model = super().build_model(model_cfg, from_checkpoint)
+        with open_dict(model_cfg):  # what was taken from files, so that the checkpoint rebuilds without them
+            for name in ("encoder", "encoder_embed_dim", "teacher_dim", "reference_cost", "normalize"):
+                if hasattr(model.cfg, name):
+                    model_cfg[name] = getattr(model.cfg, name)
+        heads = getattr(model, "heads", None)
+        if heads is not None and heads.config.init == "least_squares" and not from_checkpoint and not model.heads_loaded:
+            self._fit_heads(model)
+        return model
+
+    def _fit_heads(self, model: Any) -> None:
+        """Fits linear heads on the first utterances of train.tsv; here, in front of the optimizer's fp32 copies, and alike on all ranks."""
+        self.load_dataset("train")
+        dataset = self.datasets["train"]
+        inputs = dataset.collater([dataset[i] for i in range(min(len(dataset), NUM_FIT_UTTERANCES))])["net_input"]
+        source, padding_mask = inputs["source"], inputs.get("padding_mask")
+        pairs = model.heads.config.pairs
+        deepest = max(teacher_layer for _, teacher_layer in pairs)
+        teacher_states, _ = self.teacher.hidden_states(source, padding_mask, list(range(deepest + 1)))
+        features = model.eval().extract_features(source, padding_mask)
+        model.train()
+        model.heads.fit_least_squares(features["hidden_states"], teacher_states, features["padding_mask"])
+        logger.info("heads fitted by least squares on %d utterances", source.shape[0])
+
+    def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
+        options = task_cfg or self.cfg
+        if options.sample_rate != SAMPLE_RATE:
+            raise ValueError(f"`task.sample_rate` must be {SAMPLE_RATE}, the rate of every teacher here, but is {options.sample_rate}")
+        root = check_split(self.cfg.data, split, None)
+        dataset = SeededCropDataset(
+            manifest_path=os.path.join(self.cfg.data, f"{split}.tsv"),
+            sample_rate=options.sample_rate,
+            max_sample_size=self.cfg.max_sample_size,
+            min_sample_size=self.cfg.min_sample_size,
+            pad=options.enable_padding,
+            normalize=options.normalize,
+            num_buckets=self.cfg.num_batch_buckets,
+            seed=self.cfg.seed,
+        )
+        dataset.root_dir = str(root)
+        if len(dataset) == 0:
+            raise ValueError(
+                f"{self.cfg.data}/{split}.tsv has no utterance of at least task.min_sample_size = {self.cfg.min_sample_size} samples; "
+                "lower that limit"
+            )
+        self.datasets[split] = dataset

@@ -1,0 +1,163 @@
+"""The demo corpus: deterministic, faultless, held-out sentences and voices, and never in anyone's way."""
+
+import collections
+import hashlib
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+
+from s3distill.cli.main import main
+from s3distill.data import demo
+from s3distill.data.audio import read_audio
+from s3distill.data.demo import SPLITS, VARIANTS, make_demo_corpus
+from s3distill.data.demo_grammar import VOCABULARY, SentenceSource
+from s3distill.data.manifest import check_manifest, read_dictionary, read_labels, read_manifest
+
+pytest.importorskip("espeakng_loader")
+SMALL = {"train_minutes": 0.5, "valid_minutes": 0.1, "test_minutes": 0.1, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "corpus"
+    make_demo_corpus(folder, **SMALL)
+    return folder
+
+
+def digest(folder) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_check_finds_nothing(corpus):
+    for split in SPLITS:
+        assert check_manifest(corpus / f"{split}.tsv", ["ltr", "wrd"], progress=False) == []
+
+
+def test_same_seed_same_bytes_and_another_seed_other_bytes(corpus, tmp_path):
+    make_demo_corpus(tmp_path / "again", **SMALL)
+    assert digest(tmp_path / "again") == digest(corpus)
+    make_demo_corpus(tmp_path / "other", **SMALL, seed=2)
+    assert digest(tmp_path / "other").keys() != digest(corpus).keys() or read_labels(
+        tmp_path / "other/train.wrd"
+    ) != read_labels(corpus / "train.wrd")
+
+
+def test_splits_share_no_sentence_and_no_voice(corpus):
+    sentences = {split: set(read_labels(corpus / f"{split}.wrd")) for split in SPLITS}
+    variants = {
+        split: {path.rpartition("-")[2] for path, _ in read_manifest(corpus / f"{split}.tsv").entries}
+        for split in SPLITS
+    }
+    for first, second in [("train", "valid"), ("train", "test"), ("valid", "test")]:
+        assert not sentences[first] & sentences[second]
+        assert not variants[first] & variants[second]
+        assert not set(VARIANTS[first]) & set(VARIANTS[second])
+
+
+def test_a_large_test_set_still_leaves_train_no_sentence_of_it():
+    source, held_out = SentenceSource(random.Random(1)), set()
+    while len(held_out) < 1500:
+        held_out.add(source.next(held_out))
+    other = SentenceSource(random.Random(2))
+    assert not held_out & {other.next(held_out) for _ in range(3000)}
+
+
+def test_every_word_is_about_equally_frequent_and_sentences_are_short():
+    source = SentenceSource(random.Random(1))
+    sentences = [source.next(set()) for _ in range(700)]
+    counts = collections.Counter(word for sentence in sentences for word in sentence.split())
+    assert set(counts) == set(VOCABULARY)
+    assert max(counts.values()) < 1.15 * min(counts.values())
+    assert {len(sentence.split()) for sentence in sentences} == {3, 4, 5}
+
+
+def test_no_word_has_a_doubled_letter():
+    assert not [word for word in VOCABULARY if any(a == b for a, b in itertools.pairwise(word))]
+
+
+def test_audio_is_trimmed_and_neither_silent_nor_clipped(corpus):
+    manifest = read_manifest(corpus / "train.tsv")
+    for index in range(len(manifest.entries)):
+        samples = read_audio(manifest.audio_path(index))
+        peak = np.abs(samples).max()
+        loud = np.flatnonzero(np.abs(samples) > demo.SILENCE_LEVEL * peak) / 16000
+        assert demo.PEAKS[0] - 0.01 < peak < demo.PEAKS[1] + 0.01
+        assert 0.8 < len(samples) / 16000 < 4
+        for edge in (loud[0], len(samples) / 16000 - loud[-1]):
+            assert 0.045 < edge < 0.105
+
+
+def test_what_is_written(corpus):
+    record = json.loads((corpus / "demo.json").read_text())
+    assert record["settings"]["synthetic"] is True
+    assert "SYNTHETIC" in (corpus / "README.txt").read_text()
+    assert read_manifest(corpus / "train.tsv").root == corpus
+    assert (corpus / "train.tsv").read_text().startswith(".\n")
+    labels = " ".join(read_labels(corpus / "train.ltr")).split()
+    assert read_dictionary(corpus / "dict.ltr.txt") == dict(collections.Counter(labels))
+    minutes = [record["statistics"][split]["minutes"] for split in SPLITS]
+    assert all(0 <= got - asked < 0.06 for got, asked in zip(minutes, (0.5, 0.1, 0.1), strict=True))
+
+
+def test_the_same_settings_are_reused_and_damage_is_repaired(corpus, monkeypatch):
+    before = digest(corpus)
+    monkeypatch.setattr(demo, "_write_corpus", lambda *_: pytest.fail("made again"))
+    statistics = make_demo_corpus(corpus, **SMALL)
+    assert statistics["train"]["utterances"] == len(read_manifest(corpus / "train.tsv").entries)
+    monkeypatch.undo()
+    read_manifest(corpus / "test.tsv").audio_path(0).unlink()
+    make_demo_corpus(corpus, **SMALL)
+    assert digest(corpus) == before
+
+
+def test_other_settings_replace_a_demo_corpus(tmp_path):
+    tiny = {"train_minutes": 0.05, "valid_minutes": 0.03, "test_minutes": 0.03, "progress": False}
+    make_demo_corpus(tmp_path / "d", **tiny)
+    make_demo_corpus(tmp_path / "d", **{**tiny, "train_minutes": 0.1})
+    assert json.loads((tmp_path / "d/demo.json").read_text())["settings"]["train_minutes"] == 0.1
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(
+        ValueError, match="must be a new or empty folder or an older demo corpus, but holds other files; choose"
+    ):
+        make_demo_corpus(tmp_path, **SMALL)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_speak", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_demo_corpus(tmp_path / "d", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command(tmp_path, capsys):
+    lengths = ["--minutes", "0.05", "--valid-minutes", "0.03", "--test-minutes", "0.03"]
+    assert main(["demo-data", str(tmp_path / "d"), *lengths, "--seed", "3", "--no-progress"]) == 0
+    assert "synthetic speech (espeak-ng)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "d/demo.json").read_text())["settings"]["seed"] == 3
+    assert main(["demo-data", str(tmp_path / "d"), "--minutes", "-1"]) == 2
+    assert "`train_minutes` must be above 0, but is -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_minutes": 0}, "`train_minutes` must be above 0, but is 0"),
+        ({"test_minutes": float("nan")}, "`test_minutes` must be above 0, but is nan"),
+        ({"test_minutes": 60}, "must be at most 40 together, but are 60.1; the grammar has too few sentences"),
+    ],
+)
+def test_bad_settings(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_demo_corpus(tmp_path / "d", **{**SMALL, **settings})
