@@ -215,7 +215,11 @@ def test_a_kernel_that_does_not_load_says_why(tmp_path, monkeypatch, no_apex):
 @needs_gpu
 def test_the_same_numbers_on_a_gpu():
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(4, 9, 64, device="cuda"), torch.randn(64, device="cuda"), torch.randn(64, device="cuda")
+    x, weight, bias = (
+        torch.randn(4, 9, 64, device="cuda"),
+        torch.randn(64, device="cuda"),
+        torch.randn(64, device="cuda"),
+    )
     torch.testing.assert_close(kernels.layer_norm(x, (64,), weight, bias), F.layer_norm(x, (64,), weight, bias))
 
     model, reference = _model_and_grads("cuda"), _model_and_grads("cuda")

@@ -27,7 +27,7 @@ class TrainingCurves:
     """The figures of a run.
 
     Attributes:
-        train: by name, as logged every ``common.log_interval`` updates.
+        train: by name, as logged every ``common.log_interval`` updates (at the ends of epochs in runs shorter than that).
         valid: by name, without fairseq's ``valid_`` in front, as logged at each validation.
         source: the log that they were read from.
     """
@@ -49,14 +49,21 @@ def read_curves(path: str | os.PathLike[str]) -> TrainingCurves:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"training log {path} does not exist; fairseq-hydra-train writes hydra_train.log into its run folder")
-    found: dict[str, dict[str, dict[int, float]]] = {"train": {}, "valid": {}}
+        raise FileNotFoundError(
+            f"training log {path} does not exist; fairseq-hydra-train writes hydra_train.log into its run folder"
+        )
+    found: dict[str, dict[str, dict[int, float]]] = {"train": {}, "epoch": {}, "valid": {}}
     with path.open(encoding="utf-8", errors="replace") as stream:
         for tag, stats in _progress_lines(stream):
             _keep(found, tag, stats)
+    found["train"] = found["train"] or found["epoch"]  # a run shorter than log_interval has the ends of its epochs only
     if not found["train"] and not found["valid"]:
-        raise ValueError(f"{path} has no JSON progress line; train with common.log_format=json (++common.log_format=json)")
-    return TrainingCurves(*({name: _curve(points) for name, points in found[kind].items()} for kind in ("train", "valid")), str(path))
+        raise ValueError(
+            f"{path} has no JSON progress line; train with common.log_format=json (++common.log_format=json)"
+        )
+    return TrainingCurves(
+        *({name: _curve(points) for name, points in found[kind].items()} for kind in ("train", "valid")), str(path)
+    )
 
 
 def _progress_lines(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -80,10 +87,8 @@ def _progress_lines(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def _keep(found: dict[str, dict[str, dict[int, float]]], tag: str, stats: dict[str, Any]) -> None:
-    """Adds one line's figures; fairseq logs them as strings. Ends of epochs repeat ``train_inner`` smoothed: left out."""
-    if tag == "train":
-        return
-    kind, prefix = ("valid", "valid_") if tag == "valid" else ("train", "")
+    """Adds one line's figures; fairseq logs them as strings."""
+    kind, prefix = {"valid": ("valid", "valid_"), "train": ("epoch", "train_"), "train_inner": ("train", "")}[tag]
     update = _number(stats.get(f"{prefix}num_updates"))
     if update is None:
         return

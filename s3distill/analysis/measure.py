@@ -48,7 +48,9 @@ class Speedup:
     student: RTF
 
 
-def measure_rtf(model: SpeechModel, seconds: float = UTTERANCE_S, repeats: int = 5, num_threads: int | None = None) -> RTF:
+def measure_rtf(
+    model: SpeechModel, seconds: float = UTTERANCE_S, repeats: int = 5, num_threads: int | None = None
+) -> RTF:
     """Times the encoder on noise, after one run to warm up; the minimum of ``repeats``, which other load disturbs least.
 
     Args:
@@ -61,7 +63,11 @@ def measure_rtf(model: SpeechModel, seconds: float = UTTERANCE_S, repeats: int =
 
 
 def measure_speedup(
-    teacher: SpeechModel, student: SpeechModel, seconds: float = UTTERANCE_S, repeats: int = 5, num_threads: int | None = None
+    teacher: SpeechModel,
+    student: SpeechModel,
+    seconds: float = UTTERANCE_S,
+    repeats: int = 5,
+    num_threads: int | None = None,
 ) -> Speedup:
     """Times two encoders in turn on the same audio, so that a change of the machine's load meets both; see `measure_rtf`."""
     slow, fast = _measure([teacher, student], seconds, repeats, num_threads)

@@ -14,7 +14,9 @@ REPEATS = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint of s3distill or fairseq")
-    parser.add_argument("--compare", metavar="OTHER", help="another checkpoint, such as the teacher's, to hold it against")
+    parser.add_argument(
+        "--compare", metavar="OTHER", help="another checkpoint, such as the teacher's, to hold it against"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--no-rtf", action="store_true", help="do not measure speed")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of the audio that is timed (%(default)s)")
@@ -49,9 +51,18 @@ def _speed(measured: Any) -> tuple[float, int]:
 def table(report: dict[str, Any]) -> list[str]:
     """The report as lines to read, the other checkpoint's figures beside."""
     columns = [report, report["other"]] if "other" in report else [report]
-    lines = [f"{c['path']}: {c['model'] or 'unnamed model'} ({c['family']}), {c['checkpoint_bytes'] / 1e6:.2f} MB" for c in columns]
+    lines = [
+        f"{c['path']}: {c['model'] or 'unnamed model'} ({c['family']}), {c['checkpoint_bytes'] / 1e6:.2f} MB"
+        for c in columns
+    ]
     lines += ["", _row("", ["", "OTHER", "kept"][: 1 + 2 * (len(columns) - 1)])]
-    named = {"encoder": "encoder", "ctc_head": "CTC head", "prediction_heads": "prediction heads", "gates": "gates", "other": "other"}
+    named = {
+        "encoder": "encoder",
+        "ctc_head": "CTC head",
+        "prediction_heads": "prediction heads",
+        "gates": "gates",
+        "other": "other",
+    }
     for part, label in named.items():
         if any(c["params"][part] for c in columns):
             lines.append(_figures(f"parameters, {label}", [c["params"][part] for c in columns]))
@@ -62,15 +73,21 @@ def table(report: dict[str, Any]) -> list[str]:
     if "rtf" in report:
         speeds = [f"{c['rtf']:.4f}" for c in columns] + ([f"{report['speedup']:.2f}x"] if "speedup" in report else [])
         lines.append(_row(f"real-time factor, CPU, {report['num_threads']} threads", speeds))
-    return lines + ["", *_shapes(report)]
+    return [*lines, "", *_shapes(report)]
 
 
 def _shapes(report: dict[str, Any]) -> list[str]:
-    lines = [f"shapes (width {report['embed_dim']}, {'pre' if report['layer_norm_first'] else 'post'}-LN, {report['extractor_mode']}):"]
+    lines = [
+        f"shapes (width {report['embed_dim']}, {'pre' if report['layer_norm_first'] else 'post'}-LN, {report['extractor_mode']}):"
+    ]
     for i, conv in enumerate(report["conv_layers"]):
-        lines.append(f"  conv {i:2}   {conv['channels']:5} channels   kernel {conv['kernel']:2}   stride {conv['stride']}")
+        lines.append(
+            f"  conv {i:2}   {conv['channels']:5} channels   kernel {conv['kernel']:2}   stride {conv['stride']}"
+        )
     for i, layer in enumerate(report["layers"]):
-        attention = f"{layer['num_heads']:3} heads of {layer['head_dim']:3}" if layer["attention"] else "no attention    "
+        attention = (
+            f"{layer['num_heads']:3} heads of {layer['head_dim']:3}" if layer["attention"] else "no attention    "
+        )
         lines.append(f"  layer {i:2}  {attention}   {'FFN ' + str(layer['ffn_dim']) if layer['ffn'] else 'no FFN'}")
     return lines
 

@@ -49,7 +49,9 @@ def greedy_decode(log_probs: Tensor, padding_mask: Tensor | None, blank: int) ->
     valid = torch.ones_like(path, dtype=torch.bool) if padding_mask is None else ~padding_mask.cpu()
     for row in range(len(path)):
         if bool(best[row][valid[row]].isnan().any()):
-            raise ValueError(f"`log_probs` of row {row} must be numbers in valid frames, but hold NaN; has the model diverged?")
+            raise ValueError(
+                f"`log_probs` of row {row} must be numbers in valid frames, but hold NaN; has the model diverged?"
+            )
     return [_collapse(path[row], best[row], valid[row], blank) for row in range(len(path))]
 
 

@@ -96,7 +96,9 @@ def error_rates(
         "units",
     )
     if reference_units is not None and len(reference_units) != len(references):
-        raise ValueError(f"`reference_units` must have a line for each of the {len(references)} references, but has {len(reference_units)}")
+        raise ValueError(
+            f"`reference_units` must have a line for each of the {len(references)} references, but has {len(reference_units)}"
+        )
     num_wrong = sum(r.split() != h.split() for r, h in zip(references, hypotheses, strict=True))
     return ErrorRates(words, units, len(references), num_wrong)
 

@@ -1,6 +1,7 @@
 """What an encoder costs in parameters and MACs, as a differentiable function of the structures that are open.
 
-Training (size constraint), `inspect` and the report share it. Given whole numbers the result is a whole number, and exact.
+Training (size constraint), `inspect` and the report share it. Whole numbers give exact
+whole numbers.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def breakdown(config: EncoderConfig, counts: GateCounts, measure: str = "params"
 
 
 def count_cost(config: EncoderConfig, counts: GateCounts | None, measure: str) -> Count:
-    """`count_parameters` or `count_macs_per_second`, by the names of `MEASURES`; ``counts`` None = nothing is pruned."""
+    """`count_parameters` or `count_macs_per_second`, by the names of `MEASURES`; ``counts`` None = nothing pruned."""
     check_measure(measure)
     counts = GateCounts.full(config) if counts is None else counts
     return count_parameters(config, counts) if measure == "params" else count_macs_per_second(config, counts)
@@ -163,8 +164,7 @@ def sparsity(
     Args:
         config: shape of the student before pruning.
         measure: ``params`` or ``macs``.
-        reference: cost that counts as 0 sparsity, None = that of ``config``. Give the teacher's where the student starts
-            smaller.
+        reference: cost that counts as 0 sparsity, None = that of ``config``. Give the teacher's for a smaller student.
     Returns:
         float for whole counts, else [] float64, differentiable.
     """

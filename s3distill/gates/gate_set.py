@@ -131,10 +131,10 @@ class GateSet(nn.Module):
             kept[inner] = [count * there for count, there in zip(kept[inner], kept[sub_layer], strict=True)]
         return GateCounts(*(tuple(kept[unit]) for unit in UNITS))
 
-    def kept_units(self) -> dict[str, int]:
-        """`kept_counts` of every gate vector under its key ``<unit>.<layer>``, for logs; cheap, no gate is computed."""
+    def kept_units(self) -> dict[str, tuple[int, ...]]:
+        """`kept_counts` per layer of the gated units, for logs."""
         kept = self.kept_counts().as_dict()
-        return {f"{unit}.{layer}": int(kept[unit][layer]) for unit, layer, _ in self.all_gates()}
+        return {unit: tuple(int(count) for count in kept[unit]) for unit in self.units}
 
     def _values(self, gates: Mapping[tuple[str, int], Tensor]) -> GateValues:
         fields: dict[str, list[Tensor | None]] = {

@@ -1,5 +1,6 @@
 """Layer-prediction heads: what maps a student's hidden states to its teacher's."""
 
-from s3distill.heads.layer_heads import INITS, MODES, SHARINGS, HeadsConfig, LayerHeads, least_squares, parse_pairs
+from s3distill.heads.layer_heads import INITS, MODES, SHARINGS, HeadsConfig, LayerHeads, parse_pairs
+from s3distill.heads.least_squares import least_squares
 
 __all__ = ["INITS", "MODES", "SHARINGS", "HeadsConfig", "LayerHeads", "least_squares", "parse_pairs"]

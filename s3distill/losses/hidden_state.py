@@ -103,7 +103,8 @@ def _check_shapes(prediction: Tensor, target: Tensor, padding_mask: Tensor | Non
     if prediction.dim() != 3 or prediction.shape != target.shape:
         raise ValueError(
             f"`prediction` and `target` must both be [B, T, C], but are {tuple(prediction.shape)} and "
-            f"{tuple(target.shape)}; frames that differ by one (conv rounding) must be cut by the caller, widths are matched by the heads"
+            f"{tuple(target.shape)}; "
+            "frames that differ by one (conv rounding) must be cut by the caller, widths are matched by the heads"
         )
     if padding_mask is not None and (padding_mask.shape != prediction.shape[:2] or padding_mask.dtype != torch.bool):
         raise ValueError(

@@ -40,7 +40,9 @@ class S3WerScorer(BaseScorer):
     def __init__(self, cfg: S3WerConfig) -> None:
         super().__init__(cfg)
         if self.run is None:
-            raise RuntimeError("`--scoring s3_wer` scores what `--task audio_ctc` decodes; pass that task, or another --scoring")
+            raise RuntimeError(
+                "`--scoring s3_wer` scores what `--task audio_ctc` decodes; pass that task, or another --scoring"
+            )
         self.transcripts = self.run
 
     def score(self) -> float:
@@ -58,7 +60,9 @@ class S3WerScorer(BaseScorer):
         """Error rates, and the texts behind them by the name of their file, in the manifest's order."""
         transcripts = self.transcripts.in_order()
         if len(transcripts) != len(self.ref):
-            raise RuntimeError(f"{len(transcripts)} utterances were decoded, but {len(self.ref)} scored; decode each once per run")
+            raise RuntimeError(
+                f"{len(transcripts)} utterances were decoded, but {len(self.ref)} scored; decode each once per run"
+            )
         words = self.transcripts.words.get(self.cfg.gen_subset)
         texts = {
             "hypo.units": [t.hypothesis for t in transcripts],
@@ -78,7 +82,9 @@ class S3WerScorer(BaseScorer):
         model, subset = os.path.basename(str(self.cfg.path)), self.cfg.gen_subset
         for kind, lines in texts.items():
             # infer.py names a speaker, too, and has none: every line ends in "(None-utterance)"
-            write_lines(folder / f"{kind}-{model}-{subset}.txt", (f"{t} (None-{i})" for t, i in zip(lines, ids, strict=True)))
+            write_lines(
+                folder / f"{kind}-{model}-{subset}.txt", (f"{t} (None-{i})" for t, i in zip(lines, ids, strict=True))
+            )
         scores: Dict[str, Any] = {
             **rates.to_dict(),
             "word_references": "wrd" if subset in self.transcripts.words else "labels",

@@ -38,7 +38,9 @@ class AudioCtcTask(AudioFinetuningTask):
 
     def __init__(self, cfg: AudioCtcConfig) -> None:
         if not cfg.labels:
-            raise ValueError("`task.labels` must name the label files' ending, but is empty; pass task.labels=ltr (--labels ltr)")
+            raise ValueError(
+                "`task.labels` must name the label files' ending, but is empty; pass task.labels=ltr (--labels ltr)"
+            )
         super().__init__(cfg)
         self.words: Dict[str, List[str]] = {}  # per split, what `.wrd` says of each utterance of the dataset
 
@@ -47,7 +49,9 @@ class AudioCtcTask(AudioFinetuningTask):
             try:
                 importlib.import_module("editdistance")
             except ImportError as error:  # fairseq's criterion would fail at the first validation, an epoch later
-                raise RuntimeError("criterion `ctc` needs the package editdistance to validate; run: pip install editdistance") from error
+                raise RuntimeError(
+                    "criterion `ctc` needs the package editdistance to validate; run: pip install editdistance"
+                ) from error
         return super().build_criterion(cfg, from_checkpoint)
 
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
@@ -71,7 +75,10 @@ class AudioCtcTask(AudioFinetuningTask):
     def _check_dictionary(self, labels: str) -> None:
         """The dictionary in use (a checkpoint's own, when decoding) must number the symbols as the data's file does."""
         path = Path(self.cfg.target_dictionary or self.cfg.data) / f"dict.{labels}.txt"
-        from_file, in_use = list(read_dictionary(path)), self.target_dictionary.symbols[self.target_dictionary.nspecial :]
+        from_file, in_use = (
+            list(read_dictionary(path)),
+            self.target_dictionary.symbols[self.target_dictionary.nspecial :],
+        )
         # fairseq pads dictionaries of checkpoints to a multiple of 8 with madeupword symbols
         in_use = [s for s in in_use if not s.startswith("madeupword")]
         if from_file != in_use:
@@ -86,7 +93,10 @@ class AudioCtcTask(AudioFinetuningTask):
         num_long = 0 if limit is None else sum(int(size) > limit for size in _audio(self.datasets[split]).sizes)
         if num_long:
             logger.warning(
-                "%d utterances of %s are longer than task.max_sample_size = %d: their audio is cropped, their labels are not", num_long, split, limit
+                "%d utterances of %s are longer than task.max_sample_size = %d: their audio is cropped, their labels are not",
+                num_long,
+                split,
+                limit,
             )
 
     def _utterances_of(self, split: str, path: Path) -> List[str]:
@@ -101,12 +111,14 @@ class AudioCtcTask(AudioFinetuningTask):
         return [line for i, line in enumerate(lines) if i not in skipped]
 
     def get_batch_iterator(self, dataset: Any, max_tokens: Optional[int] = None, *args: Any, **kwargs: Any) -> Any:
-        sizes = getattr(_audio(dataset), "sizes", ())
-        if max_tokens is not None and len(sizes) and int(max(sizes)) > max_tokens:
+        longest = max((int(size) for size in getattr(_audio(dataset), "sizes", ())), default=0)
+        if max_tokens is not None and longest > max_tokens:
             raise ValueError(
-                f"a batch must hold the longest utterance, {int(max(sizes))} samples, but --max-tokens is {max_tokens} (fairseq-generate's "
-                "default is 12000, meant for text); pass --batch-size, or more --max-tokens (samples per batch)"
+                f"a batch must hold the longest utterance, {longest} samples, but --max-tokens is {max_tokens} (without one, "
+                "fairseq-generate takes 12000, meant for text); pass --batch-size, or more --max-tokens (samples per batch)"
             )
+        # fairseq drops the last batch, the shortest utterances, where its size is no multiple of this option (8 by default)
+        kwargs["required_batch_size_multiple"] = 1
         return super().get_batch_iterator(dataset, max_tokens, *args, **kwargs)
 
     def build_generator(self, models: Any, args: Any, *rest: Any, **options: Any) -> Any:
@@ -153,7 +165,9 @@ class CtcGenerator:
         self.transcripts.audio_seconds += num_samples / SAMPLE_RATE
         for utterance, target, hypothesis in zip(sample["id"].tolist(), sample["target"], hypotheses, strict=True):
             reference = utils.strip_pad(target, self.dictionary.pad())
-            self.transcripts.add(Transcript(utterance, self._units(hypothesis.tokens), self._units(reference, escape_unk=True)))
+            self.transcripts.add(
+                Transcript(utterance, self._units(hypothesis.tokens), self._units(reference, escape_unk=True))
+            )
 
     def _units(self, tokens: Tensor, escape_unk: bool = False) -> str:
         return str(self.dictionary.string(tokens.int().cpu(), None, escape_unk, self.symbols_to_strip_from_output))

@@ -82,6 +82,8 @@ def _write_checkpoint(kind: str, corpus: Path, path: Path) -> Path:
     cfg.task = OmegaConf.create({**_plain(AudioCtcConfig(data=str(corpus), labels="ltr")), "_name": "audio_ctc"})
     cfg.model = OmegaConf.create({**_plain(model), "_name": kind, "no_pretrained_weights": True})
     inner_model = {**_plain(encoder), "_name": {"wav2vec_ctc": "wav2vec2", "hubert_ctc": "hubert"}[kind]}
+    if kind == "hubert_ctc":
+        inner_model["label_rate"] = 50.0
     cfg.model.w2v_args = OmegaConf.create({"model": inner_model, "task": inner_task, "common": {"fp16": False, "tpu": False, "seed": 1}})
     task = AudioCtcTask(cfg.task)
     torch.manual_seed(1)
