@@ -67,25 +67,23 @@ PY
 
 check_compiler() {
     local candidate scratch
-    for candidate in ${CXX:-c++ g++ clang++}; do
-        if command -v "$candidate" >/dev/null 2>&1; then
-            CXX=$candidate
-            scratch=$(mktemp -d)
-            echo '#include <vector>
-int main() { return static_cast<int>(std::vector<int>{}.size()); }' >"$scratch/probe.cpp"
-            if ! "$CXX" "$scratch/probe.cpp" -o "$scratch/probe" 2>"$scratch/messages"; then
-                sed 's/^/[env]   /' "$scratch/messages" >&2
-                rm -rf "$scratch"
-                fail "the C++ compiler '$CXX' cannot build a program (its message is above); repair it, or name another" \
-                    "with CXX=..."
-            fi
-            rm -rf "$scratch"
-            export CXX
-            return
-        fi
+    for candidate in c++ g++ clang++; do
+        [ -n "${CXX:-}" ] || ! command -v "$candidate" >/dev/null 2>&1 || CXX=$candidate
     done
-    fail "there is no C++ compiler (${CXX:-c++, g++ or clang++}), and fairseq's extensions need one; install it" \
-        "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install) or set CXX=..."
+    CXX=${CXX:-}
+    command -v "${CXX%% *}" >/dev/null 2>&1 ||
+        fail "there is no C++ compiler (${CXX:-c++, g++ or clang++}), and fairseq's extensions need one; install it" \
+            "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install) or set CXX=..."
+    scratch=$(mktemp -d)
+    printf '#include <vector>\nint main() { return static_cast<int>(std::vector<int>{}.size()); }\n' >"$scratch/probe.cpp"
+    # shellcheck disable=SC2086  # CXX may hold a launcher: "ccache g++"
+    if ! $CXX "$scratch/probe.cpp" -o "$scratch/probe" 2>"$scratch/messages"; then
+        sed 's/^/[env]   /' "$scratch/messages" >&2
+        rm -rf "$scratch"
+        fail "the C++ compiler '$CXX' cannot build a program (its message is above); repair it, or name another with CXX=..."
+    fi
+    rm -rf "$scratch"
+    export CXX
 }
 
 # An environment of another Python or place, or one whose making was cut off, is made anew; any other is brought up to date.
@@ -103,18 +101,34 @@ must_make_anew() {
     return 1
 }
 
+pip_install() {
+    local quiet=(--quiet)
+    [ ! -t 1 ] || quiet=()
+    # shellcheck disable=SC2086  # PIP_ARGS is a list of options
+    "$VENV_PYTHON" -m pip install --disable-pip-version-check "${quiet[@]+"${quiet[@]}"}" -c constraints.txt $PIP_ARGS "$@"
+}
+
+# pip calls an index that it cannot reach a conflict of versions, so a package of a few kilobytes is asked for to tell which.
+index_is_reached() {
+    local scratch reached=0
+    scratch=$(mktemp -d)
+    # shellcheck disable=SC2086
+    "$VENV_PYTHON" -m pip download --disable-pip-version-check --quiet --no-deps --no-cache-dir $PIP_ARGS \
+        --dest "$scratch" iniconfig >/dev/null 2>&1 || reached=1
+    rm -rf "$scratch"
+    return $reached
+}
+
 install() { # install STEP WHAT pip-arguments...
     local step=$1 what=$2
     shift 2
     say "$step $what"
-    local quiet=(--quiet)
-    [ ! -t 1 ] || quiet=()
-    # shellcheck disable=SC2086  # PIP_ARGS is a list of options
-    "$VENV_PYTHON" -m pip install --disable-pip-version-check "${quiet[@]+"${quiet[@]}"}" -c constraints.txt $PIP_ARGS "$@" ||
-        fail "could not install $what; pip's own message is above." \
-            "'No matching distribution' or a connection error: no package index was reached. Check the network, a proxy" \
-            "(HTTPS_PROXY) or pip's settings (pip config list; PIP_NO_INDEX must not be set), then run the command again." \
-            "A compiler's error: fairseq's extensions did not build with ${CXX}; name another with CXX=..."
+    pip_install "$@" && return
+    index_is_reached ||
+        fail "could not install $what: pip reaches no package index. Check the network, a proxy (HTTPS_PROXY) and pip's" \
+            "settings (pip config list; PIP_NO_INDEX must not be set), then run the command again."
+    fail "could not install $what; pip's own message is above. A compiler's error there: name another with CXX=... (now $CXX)." \
+        "A full disk: torch and its CUDA libraries take up to 8 GB. Then run the command again."
 }
 
 PIP_ARGS="${PIP_ARGS:-}"
@@ -144,7 +158,7 @@ fi
 rm -f "$STAMP"
 echo $$ >"$BUILDING"
 
-install 2/4 "torch and what fairseq is built with" torch setuptools wheel cython numpy ninja
+install 2/4 "torch and what fairseq is built with" torch setuptools wheel cython numpy ninja editdistance
 # Without build isolation: pip would fetch a second torch just for building.
 install 3/4 "fairseq (built here, about 2 minutes)" --no-build-isolation fairseq-fixed hydra-core omegaconf
 install 4/4 "s3distill and the rest" --no-build-isolation --editable ".[$EXTRAS]"

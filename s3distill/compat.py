@@ -302,3 +302,27 @@ def _atomic_copy(stock: Callable[..., Any]) -> Callable[..., Any]:
         return bool(copied)
 
     return copy
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str], model_state: Mapping[str, Any], model_options: Mapping[str, Any], task_options: Mapping[str, Any]
+) -> None:
+    """Writes weights and config as a fairseq checkpoint (updates 0, no optimizer), to a temporary name that is then renamed."""
+    state = {
+        "args": None,
+        "cfg": {"_name": None, "model": dict(model_options), "task": dict(task_options), "criterion": None, "lr_scheduler": None},
+        "model": dict(model_state),
+        "criterion": None,
+        "optimizer_history": [{"criterion_name": "none", "optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": 0}],
+        "task_state": {},
+        "extra_state": {"metrics": None, "previous_training_time": 0, "train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+        "last_optimizer_state": None,
+    }
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ FORBIDDEN_PARAMETERS = (
     "sample",
 )  # fairseq's containers; the core takes tensors, numbers and its own dataclasses
 
-ROOMS = ("models", "tasks", "criterions", "optim", "scoring")
+ROOMS = ("models", "tasks", "criterions", "optim", "scoring")  # the shells
 REGISTER = (
     "register_model",
     "register_task",
@@ -70,9 +70,9 @@ def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int
             base = inside[: len(inside) - node.level + is_package] if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
             yield from ((node.lineno, f"{name}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and _name(node.func) in ("import_module", "__import__") and node.args:
-            if isinstance(node.args[0], ast.Constant):
-                yield node.lineno, str(node.args[0].value)
+        elif isinstance(node, ast.Call) and _name(node.func) in ("import_module", "__import__"):
+            literals = (value for value in node.args[:1] if isinstance(value, ast.Constant))
+            yield from ((node.lineno, str(value.value)) for value in literals)
 
 
 def _name(node: ast.expr) -> str:
@@ -109,7 +109,7 @@ def parameter_faults(package: Path) -> list[str]:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 taken = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
                 faults += [
-                    f"{file.relative_to(package)}:{p.lineno if hasattr(p, 'lineno') else node.lineno}: core takes no `{p.arg}`"
+                    f"{file.relative_to(package)}:{p.lineno}: core takes no `{p.arg}`"
                     for p in taken
                     if p.arg in FORBIDDEN_PARAMETERS
                 ]
@@ -160,7 +160,7 @@ def test_every_folder_is_an_installed_package():
 def test_the_walk_sees_the_package():
     found = {module for module, _ in modules(PACKAGE)}
     assert {"", "compat", "kernels", "encoder", "encoder.model", "cli.main"} <= found
-    assert ROOMS == LAYERS["shell"]
+    assert LAYERS["shell"] == ROOMS
 
 
 def _write(package: Path, path: str, source: str) -> None:

@@ -16,7 +16,8 @@ from s3distill import compat
 from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.speech_model import SpeechModel
-from s3distill.gates.cost import UTTERANCE_S, GateCounts, breakdown, count_macs_per_second
+from s3distill.gates import GateCounts, breakdown, count_macs_per_second
+from s3distill.gates.cost import UTTERANCE_S
 
 # prefix of a parameter that is no part of the encoder -> what `describe` counts it under
 _EXTRA_PARTS = {".heads.": "prediction_heads", ".gates.": "gates", ".lagrangian.": "gates"}
@@ -138,7 +139,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "params": _count_params(parsed),
         "macs_per_second": count_macs_per_second(config, full),
         "breakdown": {
-            "params": breakdown(config, full, "parameters"),
+            "params": breakdown(config, full, "params"),
             "macs_per_second": breakdown(config, full, "macs"),
         },
         "embed_dim": config.embed_dim,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
 import io
 import math
 import re
@@ -54,6 +56,7 @@ def plot_kept_units(kept: dict[str, KeptUnits]) -> str:
         bars = axes.bar(positions, [count for count, _ in layers], color=colour, label="student")
         axes.bar_label(bars, fontsize=7, color=_INK)
         axes.set_xticks(list(positions))
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("layer")
         axes.set_title(names.get(unit, unit), loc="left")
         words.append(
@@ -118,12 +121,10 @@ def _in_words(curves: dict[str, Curve]) -> Iterable[str]:
 
 def _svg(figure: Any, description: str) -> str:
     """The figure as one element that needs nothing from outside; its text is text, its ink the page's."""
-    import html
-
     import matplotlib
 
     stream = io.StringIO()
-    # the salt keeps ids of several plots on a page apart, and a plot the same from run to run
+    # the salt keeps a plot the same from run to run
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
@@ -132,7 +133,15 @@ def _svg(figure: Any, description: str) -> str:
         r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL
     )  # would restyle the whole page
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")  # HTML needs no namespaces
-    text = re.sub(r'(<g|<path) id="(?!m|p)[^"]*"', r"\1", text)  # "figure_1", "axes_1" would stand in every plot
+    text = _with_own_ids(text, hashlib.sha256(description.encode()).hexdigest()[:8])
     width, height = figure.get_size_inches() * 72
     opening = f'<svg role="img" aria-label="{html.escape(description)}" viewBox="0 0 {width:g} {height:g}">'
     return opening + text[text.index(">") + 1 :]
+
+
+def _with_own_ids(svg: str, name: str) -> str:
+    """Ids that something refers to, made unique on the page by ``name``; all others ("axes_1", in every plot) go."""
+    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', svg))
+    names = {first or second for first, second in used}
+    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in names else "", svg)
+    return re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)

@@ -56,6 +56,7 @@ LIBRARIES = (
     Library("fairseq", ("fairseq-fixed", "fairseq"), "training and fairseq-generate", INSTALL_FAIRSEQ),
     Library("hydra", ("hydra-core",), "training and fairseq-generate", INSTALL_FAIRSEQ),
     Library("omegaconf", ("omegaconf",), "training and fairseq-generate", INSTALL_FAIRSEQ),
+    Library("editdistance", ("editdistance",), "fine-tuning with fairseq's ctc criterion", "pip install editdistance"),
     Library("tensorboardX", ("tensorboardX",), "training curves in TensorBoard", "pip install tensorboardX"),
     Library(
         "espeakng_loader", ("espeakng-loader",), "s3distill demo-data and quickstart", "pip install 's3distill[demo]'"

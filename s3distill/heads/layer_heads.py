@@ -121,12 +121,11 @@ def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
 class LayerHeads(nn.Module):
     """One prediction per pair of the config.
 
-        layer2layer  p_j = W_j h_{s_j} + b_j                                       (Peng et al., 2023, DPHuBERT)
+        layer2layer  p_j = W_j h_{s_j} + b_j                                    (Peng et al., 2023, DPHuBERT)
         predlayer    p_j = V_j GELU(W_j h_last + b_j) + c_j, W_j [C_s, C_s]    (Chang et al., 2022, DistilHuBERT)
 
-    Keys: ``linears.N`` (shared: 0 = the one of student layer 0 where a pair has it, the last = the shared one);
-        ``predlayer``
-    has ``hidden`` (all W_j stacked) and ``linears.N`` (V_j).
+    Keys: ``linears.N``, one per pair; ``shared``: 0 = that of student layer 0 if a pair names it, the last = the shared
+    one; ``predlayer``: ``hidden`` (all W_j stacked) and ``linears.N`` (V_j).
     """
 
     def __init__(self, config: HeadsConfig) -> None:

@@ -79,8 +79,7 @@ def hidden_state_loss(
     """
     weights = weights or LossWeights()
     _check_shapes(prediction, target, padding_mask)
-    # autograd refuses to save tensors of inference mode, and the steps below could pass one through
-    target = target.clone() if target.is_inference() else target.detach()
+    target = target.detach()
     if padding_mask is None:
         prediction, target = prediction.flatten(0, 1), target.flatten(0, 1)  # [B, T, C] -> [N, C]
     else:

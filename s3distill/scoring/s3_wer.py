@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Optional
 
 from fairseq.data.data_utils import post_process
 from fairseq.dataclass import FairseqDataclass
@@ -35,7 +35,7 @@ class S3WerScorer(BaseScorer):
     """WER against `.wrd` where that file lies beside the manifest, else against the labels joined to words; UER against the labels."""
 
     # fairseq builds a scorer from its config alone, so the generator of the run leaves its transcripts here
-    run: Optional[Transcripts] = None
+    run: Transcripts | None = None
 
     def __init__(self, cfg: S3WerConfig) -> None:
         super().__init__(cfg)
@@ -56,7 +56,7 @@ class S3WerScorer(BaseScorer):
             self._write(Path(self.cfg.results_path), rates, texts)
         return f"{rates}; decoded {self.transcripts.audio_seconds:.1f} s of audio in {self.transcripts.decode_seconds:.1f} s"
 
-    def _score(self) -> "tuple[ErrorRates, Dict[str, List[str]]]":
+    def _score(self) -> tuple[ErrorRates, dict[str, list[str]]]:
         """Error rates, and the texts behind them by the name of their file, in the manifest's order."""
         transcripts = self.transcripts.in_order()
         if len(transcripts) != len(self.ref):
@@ -76,7 +76,7 @@ class S3WerScorer(BaseScorer):
         default = "letter" if self.transcripts.has_word_boundary else "none"
         return " ".join(post_process(units, self.cfg.post_process or default).split())
 
-    def _write(self, folder: Path, rates: ErrorRates, texts: Dict[str, List[str]]) -> None:
+    def _write(self, folder: Path, rates: ErrorRates, texts: dict[str, list[str]]) -> None:
         """The files that fairseq's examples/speech_recognition/infer.py writes, and the scores as JSON."""
         ids = [t.utterance for t in self.transcripts.in_order()]
         model, subset = os.path.basename(str(self.cfg.path)), self.cfg.gen_subset
@@ -85,7 +85,7 @@ class S3WerScorer(BaseScorer):
             write_lines(
                 folder / f"{kind}-{model}-{subset}.txt", (f"{t} (None-{i})" for t, i in zip(lines, ids, strict=True))
             )
-        scores: Dict[str, Any] = {
+        scores: dict[str, Any] = {
             **rates.to_dict(),
             "word_references": "wrd" if subset in self.transcripts.words else "labels",
             "decode_seconds": self.transcripts.decode_seconds,

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 from fairseq import utils
@@ -42,7 +42,7 @@ class AudioCtcTask(AudioFinetuningTask):
                 "`task.labels` must name the label files' ending, but is empty; pass task.labels=ltr (--labels ltr)"
             )
         super().__init__(cfg)
-        self.words: Dict[str, List[str]] = {}  # per split, what `.wrd` says of each utterance of the dataset
+        self.words: dict[str, list[str]] = {}  # per split, what `.wrd` says of each utterance of the dataset
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         if getattr(cfg, "_name", None) == "ctc":
@@ -99,7 +99,7 @@ class AudioCtcTask(AudioFinetuningTask):
                 limit,
             )
 
-    def _utterances_of(self, split: str, path: Path) -> List[str]:
+    def _utterances_of(self, split: str, path: Path) -> list[str]:
         """Lines of a label file that belong to the dataset's utterances (too short ones were skipped)."""
         lines, dataset = read_labels(path), self.datasets[split]
         skipped = getattr(_audio(dataset), "skipped_indices", set())
@@ -110,7 +110,7 @@ class AudioCtcTask(AudioFinetuningTask):
             )
         return [line for i, line in enumerate(lines) if i not in skipped]
 
-    def get_batch_iterator(self, dataset: Any, max_tokens: Optional[int] = None, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_iterator(self, dataset: Any, max_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         longest = max((int(size) for size in getattr(_audio(dataset), "sizes", ())), default=0)
         if max_tokens is not None and longest > max_tokens:
             raise ValueError(
@@ -139,13 +139,13 @@ class CtcGenerator:
         words: see `Transcripts.words`.
     """
 
-    def __init__(self, dictionary: Dictionary, blank: int, words: Dict[str, List[str]]) -> None:
+    def __init__(self, dictionary: Dictionary, blank: int, words: dict[str, list[str]]) -> None:
         self.dictionary, self.blank = dictionary, blank
         self.symbols_to_strip_from_output = {blank, dictionary.pad(), dictionary.eos()}
         self.transcripts = Transcripts(words, has_word_boundary="|" in dictionary.symbols)
 
     @torch.no_grad()
-    def generate(self, models: List[Any], sample: Dict[str, Any], **_: Any) -> List[List[Dict[str, Any]]]:
+    def generate(self, models: list[Any], sample: dict[str, Any], **_: Any) -> list[list[dict[str, Any]]]:
         """Decodes a batch.
 
         Returns:
@@ -159,7 +159,7 @@ class CtcGenerator:
         self._keep(sample, hypotheses)
         return [[_to_fairseq(h)] for h in hypotheses]
 
-    def _keep(self, sample: Dict[str, Any], hypotheses: List[CtcHypothesis]) -> None:
+    def _keep(self, sample: dict[str, Any], hypotheses: list[CtcHypothesis]) -> None:
         source, padding_mask = sample["net_input"]["source"], sample["net_input"].get("padding_mask")
         num_samples = source.numel() if padding_mask is None else int((~padding_mask).sum())
         self.transcripts.audio_seconds += num_samples / SAMPLE_RATE
@@ -173,7 +173,7 @@ class CtcGenerator:
         return str(self.dictionary.string(tokens.int().cpu(), None, escape_unk, self.symbols_to_strip_from_output))
 
 
-def _frames(model: Any, net_input: Dict[str, Any]) -> Tuple[Tensor, Optional[Tensor]]:
+def _frames(model: Any, net_input: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities [B, T, V] of a fairseq CTC model and its padding mask [B, T]."""
     output = model(**net_input)
     log_probs = model.get_normalized_probs(output, log_probs=True)  # [T, B, V]
@@ -181,7 +181,7 @@ def _frames(model: Any, net_input: Dict[str, Any]) -> Tuple[Tensor, Optional[Ten
     return log_probs.transpose(0, 1), output["padding_mask"]
 
 
-def _to_fairseq(hypothesis: CtcHypothesis) -> Dict[str, Any]:
+def _to_fairseq(hypothesis: CtcHypothesis) -> dict[str, Any]:
     positions = torch.arange(len(hypothesis.tokens))
     return {
         "tokens": hypothesis.tokens,
@@ -191,7 +191,7 @@ def _to_fairseq(hypothesis: CtcHypothesis) -> Dict[str, Any]:
     }
 
 
-def _parts(split: str, multi_corpus_keys: Optional[str]) -> List[Tuple[Optional[str], str]]:
+def _parts(split: str, multi_corpus_keys: str | None) -> list[tuple[str | None, str]]:
     """(corpus, manifest name) pairs of a split; fairseq writes several corpora as ``key:name,key:name``."""
     if multi_corpus_keys is None:
         return [(None, split)]

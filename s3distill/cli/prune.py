@@ -1,0 +1,95 @@
+"""`s3distill prune`: a gated student's checkpoint -> a compact one, checked on audio before it is written."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3distill import compat
+from s3distill.data.audio import read_audio
+from s3distill.data.manifest import read_manifest
+from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
+from s3distill.encoder.config import SAMPLE_RATE
+from s3distill.encoder.speech_model import normalize_waveforms
+from s3distill.gates import GateCounts, count_macs_per_second, count_parameters
+from s3distill.pruning.compact import CompactStudent, prune_student
+
+MAX_SECONDS = 10  # of each utterance in the check
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="student that was trained with gates (stage 1)")
+    parser.add_argument("output", help="compact checkpoint to write")
+    parser.add_argument("--audio", help="manifest (.tsv) or audio file for the check; default: the data of the run that trained it")
+    parser.add_argument("--utterances", type=int, default=4, help="utterances of the manifest to check on (default 4)")
+
+
+def run(args: argparse.Namespace) -> int:
+    state = compat.load_checkpoint(args.checkpoint)
+    student = parse_checkpoint(state, args.checkpoint)
+    paths = _audio_paths(args.audio, state, args.utterances)
+    source, padding_mask = _batch(paths, student.normalize)
+    compact = prune_student(student, source, padding_mask, args.checkpoint)
+    _write(args.output, state, student, compact)
+    _report(student, compact, args.output, len(paths))
+    return 0
+
+
+def _audio_paths(audio: str | None, state: dict[str, Any], num_utterances: int) -> list[Path]:
+    """Audio for the check: what was asked for, else the valid or train manifest of the run."""
+    if audio and not audio.endswith(".tsv"):
+        return [Path(audio)]
+    if audio:
+        candidates = [Path(audio)]
+    else:
+        data = Path(str((state.get("cfg") or {}).get("task", {}).get("data") or "."))
+        candidates = [data / "valid.tsv", data / "train.tsv"]
+    manifest_path = next((path for path in candidates if path.is_file()), None)
+    if manifest_path is None:
+        raise ValueError(
+            f"pruning is checked on audio, but there is no manifest at {' or '.join(map(str, candidates))}; pass --audio MANIFEST.tsv or "
+            "--audio FILE.flac"
+        )
+    manifest = read_manifest(manifest_path)
+    return [Path(manifest.audio_path(i)) for i in range(min(num_utterances, len(manifest.entries)))]
+
+
+def _batch(paths: list[Path], normalize: bool) -> tuple[Tensor, Tensor]:
+    """Audio files -> [B, S] and padding mask [B, S]."""
+    waveforms = [torch.from_numpy(read_audio(path))[: MAX_SECONDS * SAMPLE_RATE] for path in paths]
+    lengths = torch.tensor([len(w) for w in waveforms])
+    source = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+    padding_mask = torch.arange(source.shape[1]) >= lengths[:, None]
+    return (normalize_waveforms(source, padding_mask) if normalize else source), padding_mask
+
+
+def _write(path: str, state: dict[str, Any], student: ParsedCheckpoint, compact: CompactStudent) -> None:
+    model = {
+        **student.pretraining_options,
+        "_name": "ssl_student",
+        "encoder": compact.config.to_json(),
+        "student_path": None,
+        "prune_units": [],
+        "normalize": student.normalize,
+    }
+    task = {**((state.get("cfg") or {}).get("task") or {}), "normalize": student.normalize, "teacher_path": None}
+    heads = {k: v for k, v in student.extra_state.items() if k.startswith("heads.")}
+    compat.write_checkpoint(path, {**compact.state, **heads}, model, task)
+
+
+def _report(student: ParsedCheckpoint, compact: CompactStudent, output: str, num_utterances: int) -> None:
+    before = count_parameters(student.config, GateCounts.full(student.config))
+    after = count_parameters(compact.config, GateCounts.full(compact.config))
+    macs_before = count_macs_per_second(student.config, GateCounts.full(student.config))
+    macs_after = count_macs_per_second(compact.config, GateCounts.full(compact.config))
+    print(f"parameters     {before:>14,} -> {after:>14,}  ({1 - after / before:.1%} fewer)")
+    print(f"MACs/s audio   {macs_before:>14,.0f} -> {macs_after:>14,.0f}  ({1 - macs_after / macs_before:.1%} fewer)")
+    full, kept = compact.before.as_dict(), compact.after.as_dict()
+    for unit in full:
+        print(f"{unit:<16}" + " ".join(f"{k}/{f}" for k, f in zip(kept[unit], full[unit], strict=True)))
+    print(f"check on {num_utterances} utterances: relative error {compact.equivalence.relative_error:.1e} between gated and pruned student")
+    print(f"wrote {output}")

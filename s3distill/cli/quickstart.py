@@ -1,0 +1,217 @@
+"""`s3distill quickstart`: the whole chain on demo speech through the real commands, each shown so that it can be copied."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import s3distill
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the chain: its name, what it does, the command line, and the file that it must leave behind."""
+
+    name: str
+    title: str
+    command: Sequence[str]
+    product: Path
+
+
+# updates of a smoke run (`--smoke`): enough to pass through every command, not to learn anything
+SMOKE = {"teacher": 6, "stage1": 4, "stage2": 2, "finetune": 4}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="outputs/quickstart", help="folder for everything (default outputs/quickstart)")
+    parser.add_argument("--fresh", action="store_true", help="remove that folder first instead of going on where it stopped")
+    parser.add_argument("--smoke", action="store_true", help="one minute of speech and a few updates per step: a test of the commands")
+
+
+def run(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    if args.fresh and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    steps = chain(out, args.smoke)
+    start = time.monotonic()
+    print("The quickstart's speech is SYNTHETIC (espeak-ng). Its error rates say nothing about real speech.", flush=True)
+    for number, step in enumerate(steps, 1):
+        _run_step(step, f"[{number}/{len(steps)}]", out)
+    results = _collect(out, steps)
+    results["wall_clock_s"] = round(time.monotonic() - start, 1)
+    _finish(out, results, steps)
+    return 0
+
+
+def chain(out: Path, smoke: bool = False) -> list[Step]:
+    """The commands of the quickstart, in order."""
+    data = out / "data"
+    config = _config_dir()
+    user_dir = "s3distill" if Path("s3distill/__init__.py").is_file() else str(Path(s3distill.__file__).parent)
+
+    def train(name: str, *overrides: str) -> list[str]:
+        few = [f"optimization.max_update={SMOKE[name]}", "common.log_interval=1", "dataset.validate_after_updates=0"] if smoke else []
+        warmup = {"stage1": 2, "stage2": 1}
+        if smoke and name in warmup:
+            few.append(f"lr_scheduler.warmup_updates={warmup[name]}")
+        command = ["fairseq-hydra-train", "--config-dir", str(config), "--config-name", name, f"common.user_dir={user_dir}"]
+        return [*command, f"hydra.run.dir={out / name}", f"task.data={data}", *overrides, *few]
+
+    def generate(name: str, checkpoint: Path) -> list[str]:
+        return [
+            *("fairseq-generate", str(data), "--user-dir", user_dir, "--task", "audio_ctc", "--labels", "ltr", "--normalize"),
+            *("--path", str(checkpoint), "--gen-subset", "test", "--batch-size", "16", "--post-process", "letter"),
+            *("--scoring", "s3_wer", "--results-path", str(out / f"decode_{name}")),
+        ]
+
+    def last(name: str) -> Path:
+        return out / name / "checkpoints" / "checkpoint_last.pt"
+
+    teacher, compact, student = last("teacher"), out / "compact.pt", last("finetune")
+    demo = ["s3distill", "demo-data", str(data)]
+    if smoke:
+        demo += ["--minutes", "1", "--valid-minutes", "0.2", "--test-minutes", "0.2"]
+    return [
+        Step("demo-data", "synthesise demo speech", demo, data / "test.tsv"),
+        Step("teacher", "train a small teacher with CTC", train("teacher"), teacher),
+        Step(
+            "stage1",
+            "distil and prune jointly",
+            train("stage1", f"task.teacher_path={teacher}", f"model.student_path={teacher}"),
+            last("stage1"),
+        ),
+        Step("prune", "cut what the gates closed", ["s3distill", "prune", str(last("stage1")), str(compact)], compact),
+        Step(
+            "stage2",
+            "distil the compact student",
+            train("stage2", f"task.teacher_path={teacher}", f"model.student_path={compact}"),
+            last("stage2"),
+        ),
+        Step("finetune", "fine-tune it with CTC", train("finetune", f"model.w2v_path={last('stage2')}"), student),
+        Step("decode-teacher", "decode the test set", generate("teacher", teacher), out / "decode_teacher" / "scores-test.json"),
+        Step("decode-student", "decode the test set", generate("student", student), out / "decode_student" / "scores-test.json"),
+    ]
+
+
+def _config_dir() -> Path:
+    for root in (Path.cwd(), Path(s3distill.__file__).parent.parent):
+        if (root / "config" / "quickstart" / "stage1.yaml").is_file():
+            folder = root / "config" / "quickstart"
+            return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    raise RuntimeError("config/quickstart was not found; run the quickstart from the root of a clone of the repository")
+
+
+def _run_step(step: Step, number: str, out: Path) -> None:
+    """Runs one command unless the same command has already left its product."""
+    record = out / "done" / f"{step.name}.json"
+    line = shlex.join(step.command)
+    print(f"\n{number} {step.title}\n    {line}", flush=True)
+    if record.is_file() and step.product.exists() and json.loads(record.read_text())["command"] == line:
+        print("    done before", flush=True)
+        return
+    log = out / f"{step.name}.log"
+    begun = time.monotonic()
+    executable = Path(sys.executable).parent / step.command[0]
+    command = [str(executable) if executable.exists() else step.command[0], *step.command[1:]]
+    with log.open("w", encoding="utf-8") as sink, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            sink.write(text)
+            _show_progress(text)
+    seconds = time.monotonic() - begun
+    if process.returncode != 0 or not step.product.exists():
+        tail = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-15:])
+        raise RuntimeError(
+            f"step {step.name} failed with exit status {process.returncode} after {seconds:.0f} s; the end of {log}:\n{tail}\n"
+            "Mend the cause and run the quickstart again: it goes on with this step"
+        )
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(json.dumps({"command": line, "seconds": round(seconds, 1)}))
+    print(f"\r    {seconds:.0f} s{'':<70}", flush=True)
+
+
+def _show_progress(text: str) -> None:
+    """One changing line per command: updates, loss, sparsity, error rate."""
+    found = re.search(r"\[(?:train_inner|valid)\].*?(\{.*\})", text)
+    if found is None:
+        return
+    try:
+        values = json.loads(found.group(1))
+    except json.JSONDecodeError:
+        return
+    names = {
+        "num_updates": "update",
+        "valid_num_updates": "update",
+        "loss": "loss",
+        "valid_loss": "valid loss",
+        "expected_sparsity": "sparsity",
+        "valid_wer": "valid WER",
+    }
+    shown = "  ".join(f"{label} {values[key]}" for key, label in names.items() if key in values)
+    print(f"\r    {shown:<78}", end="" if sys.stdout.isatty() else "\n", flush=True)
+
+
+def _collect(out: Path, steps: list[Step]) -> dict[str, Any]:
+    """Measures teacher and student side by side and reads their error rates."""
+    from s3distill.analysis.measure import describe, measure_rtf, measure_speedup
+
+    models, results = {}, {}
+    for name, step in (("teacher", "teacher"), ("student", "finetune")):
+        path = next(s.product for s in steps if s.name == step)
+        facts = describe(path)
+        models[name] = s3distill.load(path)
+        scores = json.loads((out / f"decode_{name}" / "scores-test.json").read_text())
+        results[name] = {
+            "params": facts["params"]["total"],
+            "macs_per_second": facts["macs_per_second"],
+            "rtf": measure_rtf(models[name]).rtf,
+            "wer": scores["wer"],
+            "uer": scores["uer"],
+            "checkpoint_bytes": path.stat().st_size,
+        }
+    results["speedup"] = measure_speedup(models["teacher"], models["student"]).speedup
+    results["params_removed"] = 1 - results["student"]["params"] / results["teacher"]["params"]
+    results["data"] = "synthetic speech (espeak-ng)"
+    results["seconds"] = {s.name: json.loads((out / "done" / f"{s.name}.json").read_text())["seconds"] for s in steps}
+    return results
+
+
+def _finish(out: Path, results: dict[str, Any], steps: list[Step]) -> None:
+    """Writes results.json and report.html, and prints the table."""
+    from s3distill import compat
+    from s3distill.analysis.report import write_report
+    from s3distill.encoder.checkpoint import parse_checkpoint
+
+    temporary = out / "results.json.tmp"
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    temporary.replace(out / "results.json")
+    shapes = {}
+    for name, path in (("teacher", steps[1].product), ("student", steps[5].product)):
+        shapes[name] = parse_checkpoint(compat.load_checkpoint(path), str(path)).config
+    t, s = shapes["teacher"], shapes["student"]
+    kept_units = {
+        "conv": [(a.channels, b.channels) for a, b in zip(s.conv_layers, t.conv_layers, strict=True)],
+        "head": [(a.num_heads, b.num_heads) for a, b in zip(s.layers, t.layers, strict=True)],
+        "ffn": [(a.ffn_dim, b.ffn_dim) for a, b in zip(s.layers, t.layers, strict=True)],
+    }
+    runs = {name: out / f"{name}.log" for name in ("teacher", "stage1", "stage2", "finetune")}
+    write_report(out / "report.html", results, runs, kept_units, commands=[shlex.join(step.command) for step in steps])
+    print(f"\n{'':<12}{'params':>12}{'MACs/s':>12}{'RTF':>10}{'WER %':>8}{'bytes':>12}")
+    for name in ("teacher", "student"):
+        r = results[name]
+        print(f"{name:<12}{r['params']:>12,}{r['macs_per_second'] / 1e6:>11.0f}M{r['rtf']:>10.4f}{r['wer']:>8.2f}{r['checkpoint_bytes']:>12,}")
+    print(f"\n{results['params_removed']:.1%} fewer parameters, encoder {results['speedup']:.2f}x faster on this CPU (synthetic speech)")
+    print(f"{out / 'report.html'}\n{out / 'results.json'}")
