@@ -101,6 +101,11 @@ must_make_anew() {
     return 1
 }
 
+is_editable() { # a `pip install .` in between would have make test the copy
+    "$VENV_PYTHON" -P -c 'import os, sys, importlib.util as u
+sys.exit(not os.path.samefile(u.find_spec("s3distill").origin, "s3distill/__init__.py"))' 2>/dev/null
+}
+
 pip_install() {
     local quiet=(--quiet)
     [ ! -t 1 ] || quiet=()
@@ -134,8 +139,7 @@ install() { # install STEP WHAT pip-arguments...
 PIP_ARGS="${PIP_ARGS:-}"
 check_python
 WANTED=$(wanted_stamp)
-if [ -x "$VENV_PYTHON" ] && [ ! -e "$BUILDING" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$WANTED" ] &&
-    "$VENV_PYTHON" -c '' 2>/dev/null; then
+if [ -x "$VENV_PYTHON" ] && [ ! -e "$BUILDING" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$WANTED" ] && is_editable; then
     exit 0
 fi
 

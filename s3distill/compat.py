@@ -8,6 +8,7 @@ data types. `load_checkpoint` (no fairseq needed) maps those types to inert stan
 from __future__ import annotations
 
 import argparse
+import ast
 import collections
 import dataclasses
 import enum
@@ -16,6 +17,7 @@ import importlib.util
 import logging
 import os
 import pickle
+import sys
 import typing
 import zipfile
 from collections.abc import Callable, Mapping
@@ -73,6 +75,20 @@ _FAIRSEQ_CLASSES = {  # data types that are neither dataclasses nor enums
 }
 # Packages whose dataclasses and enums may stand in a config; a function or any other class of them is refused.
 _CONFIG_PACKAGES = ("fairseq", "s3distill", "examples")
+# Options that some model, task, criterion or optimizer of stock fairseq hands to eval() when it is built from a checkpoint.
+_EVALUATED_OPTIONS = {
+    *("conv_feature_layers", "conv_aggregator_layers", "feature_encoder_spec", "character_filters", "wer_args"),
+    *("encoder_layers", "decoder_layers", "encoder_attention", "decoder_attention", "self_attention", "project_input"),
+    *("gated_attention", "downsample", "pretrained", "adaptive_softmax_cutoff", "adaptive_input_cutoff"),
+    *("pipeline_balance", "pipeline_devices", "pipeline_encoder_balance", "pipeline_encoder_devices"),
+    *("pipeline_decoder_balance", "pipeline_decoder_devices", "left_pad_source", "left_pad_target"),
+    *("xformers_att_config", "encoder_xformers_att_config", "decoder_xformers_att_config"),
+    *("adam_betas", "adamax_betas", "adafactor_eps", "lamb_betas"),
+}
+_LITERAL_NODES = (
+    *(ast.Expression, ast.Constant, ast.Name, ast.List, ast.Tuple, ast.Dict, ast.BinOp, ast.UnaryOp),
+    *(ast.Add, ast.Sub, ast.Mult, ast.unaryop, ast.expr_context),
+)
 
 
 class _StandIn:
@@ -102,9 +118,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     allowed = [(_stand_in(name), name) for name in _types_in(path) if _is_data_type(name, resolve=False)]
     state = _plain(_torch_load(path, [*allowed, *_plain_globals()]))
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint: it must hold a dict with the key 'model', but holds a {type(state).__name__}")
+    _require_checkpoint(state, path)
     return state
+
+
+def _require_checkpoint(state: Any, path: str | os.PathLike[str]) -> None:
+    if not isinstance(state, dict) or "model" not in state:
+        held = f"a dict with {sorted(map(str, state))[:8]}" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise ValueError(f"{path} is not a checkpoint: it must hold a dict with the key 'model', but holds {held}")
 
 
 def _plain_globals() -> list[tuple[Any, str]]:
@@ -140,14 +161,10 @@ def _corrupt(path: str | os.PathLike[str], error: Exception) -> ValueError:
 
 
 def _torch_load(path: str | os.PathLike[str], allowed: list[tuple[Any, str]]) -> Any:
-    return _guarded(path, allowed, lambda: torch.load(path, map_location="cpu", weights_only=True))
-
-
-def _guarded(path: str | os.PathLike[str], allowed: list[tuple[Any, str]], load: Callable[[], Any]) -> Any:
-    """Runs ``load`` with the allow-list and turns torch's errors into ours."""
+    """Reads the file with the allow-list and turns torch's errors into ours."""
     try:
         with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
-            return load()
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = [name for name in _types_in(path) if name not in {n for _, n in allowed}]
         if refused or "GLOBAL" in str(error):
@@ -158,10 +175,8 @@ def _guarded(path: str | os.PathLike[str], allowed: list[tuple[Any, str]], load:
                 "state = torch.load(path, weights_only=False); torch.save({'model': state['model'], 'cfg': state['cfg']}, new_path)"
             ) from error
         raise _corrupt(path, error) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        if "PytorchStreamReader" in str(error) or not isinstance(error, RuntimeError | KeyError):
-            raise _corrupt(path, error) from error
-        raise
+    except Exception as error:  # a damaged pickle fails in any way: KeyError, IndexError, UnicodeDecodeError, struct.error, ...
+        raise _corrupt(path, error) from error
 
 
 def _named_global(message: str) -> str:
@@ -172,8 +187,8 @@ def _named_global(message: str) -> str:
 def _is_data_type(name: str, resolve: bool) -> bool:
     """Whether a pickled name is a data type: omegaconf's nodes, named fairseq classes, or a config's dataclass or enum.
 
-    With ``resolve`` the object is looked at (importing only modules of fairseq and s3distill); otherwise a stand-in will
-    be used, which cannot run anything, and the name's package decides.
+    With ``resolve`` the object is looked at, if its module is imported already (importing one on the file's word would run
+    it); otherwise a stand-in will be used, which cannot run anything, and the name's package decides.
     """
     if name in _OMEGACONF_TYPES or name in _FAIRSEQ_CLASSES or name in _PLAIN_TYPES:
         return True
@@ -183,10 +198,7 @@ def _is_data_type(name: str, resolve: bool) -> bool:
         return False
     if not resolve:
         return attribute[:1].isupper()  # a class by convention; the stand-in makes it inert either way
-    try:
-        found = _resolve(name)
-    except (ImportError, AttributeError):
-        return False
+    found = getattr(sys.modules.get(module), attribute, None)
     return isinstance(found, type) and (issubclass(found, enum.Enum) or dataclasses.is_dataclass(found))
 
 
@@ -247,6 +259,7 @@ def install() -> None:
     from fairseq import checkpoint_utils
     from fairseq.distributed import utils as distributed_utils
     from fairseq.file_io import PathManager
+    from fairseq.models.hubert import hubert_asr
 
     if getattr(checkpoint_utils.load_checkpoint_to_cpu, "is_s3distill", False):
         return
@@ -256,24 +269,108 @@ def install() -> None:
     checkpoint_utils.load_checkpoint_to_cpu = _safe_loader(checkpoint_utils.load_checkpoint_to_cpu)
     distributed_utils.broadcast_object = _safe_broadcast(distributed_utils.broadcast_object)
     PathManager.copy = staticmethod(_atomic_copy(PathManager.copy))
+    _know_user_dir()
+    _repair_hubert_ctc()
+    hubert_asr.HubertEncoder.__init__ = _with_autoregressive(hubert_asr.HubertEncoder.__init__)
+
+
+def _with_autoregressive(stock: Callable[..., None]) -> Callable[..., None]:
+    """`HubertEncoder.__init__` reads ``cfg.autoregressive``, which `HubertCtcConfig` lacks: no `hubert_ctc` could be built."""
+    from omegaconf import OmegaConf, open_dict
+
+    def build(self: Any, cfg: Any, task: Any) -> None:
+        if OmegaConf.is_config(cfg) and "autoregressive" not in cfg:
+            with open_dict(cfg):
+                cfg.autoregressive = False
+        stock(self, cfg, task)
+
+    return build
+
+
+def _know_user_dir() -> None:
+    """Lets ``user_dir=s3distill`` pass when the package was imported before: fairseq spells it fairseq/../s3distill then."""
+    from fairseq import utils
+
+    spellings = (Path(__file__).parent, Path(utils.__file__).parent / ".." / "s3distill")
+    memo = getattr(utils.import_user_module, "memo", set())
+    utils.import_user_module.memo = memo | {os.path.abspath(s) for s in spellings} | {str(s) for s in spellings}
+
+
+def _repair_hubert_ctc() -> None:
+    """Stock `hubert_ctc` of fairseq main reads an option that its config does not have."""
+    from fairseq.models.hubert import hubert_asr
+    from omegaconf import OmegaConf, open_dict
+
+    stock = hubert_asr.HubertEncoder.__init__
+
+    def __init__(self: Any, cfg: Any, task: Any) -> None:
+        if OmegaConf.is_config(cfg) and "autoregressive" not in cfg:
+            with open_dict(cfg):
+                cfg.autoregressive = False
+        stock(self, cfg, task)
+
+    hubert_asr.HubertEncoder.__init__ = __init__
 
 
 def _safe_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`fairseq.checkpoint_utils.load_checkpoint_to_cpu`, reading fairseq's types with ``weights_only=True``."""
 
     def load_checkpoint_to_cpu(path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> Any:
-        allowed = [(_resolve(n), n) for n in _types_in(path) if _is_data_type(n, resolve=True)] + _plain_globals()
-        return _guarded(path, allowed, lambda: stock(path, arg_overrides, load_on_all_ranks))
+        names = [name for name in _types_in(path) if _is_data_type(name, resolve=True)]
+        allowed = [*_resolvable(names), *_plain_globals()]
+        try:
+            with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+                state = stock(path, arg_overrides, load_on_all_ranks)
+        except Exception:
+            _require_checkpoint(_torch_load(path, allowed), path)  # says so where the file is at fault
+            raise
+        _refuse_code(state.get("cfg"), path)
+        _refuse_code(state.get("args"), path)
+        return state
 
     load_checkpoint_to_cpu.is_s3distill = True  # type: ignore[attr-defined]
     return load_checkpoint_to_cpu
+
+
+def _refuse_code(config: Any, path: str | os.PathLike[str]) -> None:
+    """Refuses a config in which an option that stock fairseq evaluates is more than a literal (``[(512, 10, 5)] * 2``)."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_config(config):
+        config = OmegaConf.to_container(config, resolve=False)
+    if isinstance(config, argparse.Namespace) or dataclasses.is_dataclass(config):
+        config = vars(config)
+    if isinstance(config, (list, tuple)):
+        for value in config:
+            _refuse_code(value, path)
+    if not isinstance(config, Mapping):
+        return
+    for name, value in config.items():
+        if name in _EVALUATED_OPTIONS and not _is_literal(value):
+            raise ValueError(
+                f"checkpoint {path} was refused: loading must not run code, but fairseq evaluates its option `{name}`, which must "
+                f"be a literal such as [(512, 10, 5)] * 2, and is {value!r}"
+            )
+        _refuse_code(value, path)
+
+
+def _is_literal(value: Any) -> bool:
+    if not isinstance(value, str):
+        return not isinstance(value, (bytes, bytearray, memoryview))
+    try:
+        tree = ast.parse(value.strip(), mode="eval")
+    except SyntaxError:
+        return "${" not in value  # eval() would fail on it too; an interpolation could become anything
+    except (ValueError, RecursionError, MemoryError):
+        return False
+    return all(isinstance(node, _LITERAL_NODES) for node in ast.walk(tree))
 
 
 def _safe_broadcast(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`fairseq.distributed.utils.broadcast_object`: resuming on several ranks sends the config beside the tensors."""
 
     def broadcast_object(*values: Any, **options: Any) -> Any:
-        names = [*_OMEGACONF_TYPES, *_FAIRSEQ_CLASSES]
+        names = [*_OMEGACONF_TYPES, *_FAIRSEQ_CLASSES, "fairseq.distributed.utils._TensorPlaceholder"]
         with torch.serialization.safe_globals([*_resolvable(names), *_plain_globals()]):  # type: ignore[arg-type]
             return stock(*values, **options)
 
@@ -297,9 +394,13 @@ def _atomic_copy(stock: Callable[..., Any]) -> Callable[..., Any]:
         if not overwrite and os.path.exists(dst_path):
             return bool(stock(src_path, dst_path, overwrite=overwrite))
         temporary = f"{dst_path}.tmp"
-        copied = stock(src_path, temporary, overwrite=True)
-        os.replace(temporary, dst_path)
-        return bool(copied)
+        try:
+            copied = bool(stock(src_path, temporary, overwrite=True))
+            if copied:
+                os.replace(temporary, dst_path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return copied
 
     return copy
 

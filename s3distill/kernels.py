@@ -156,11 +156,13 @@ def _translate_adam_state(optimizer: torch.optim.Optimizer, state_dict: dict[str
         for option, value in optimizer.defaults.items():
             group.setdefault(option, value)
         with_state = [state[index] for index in group["params"] if index in state]
-        counts = [float(values["step"]) for values in with_state if "step" in values]
-        if counts:
-            group.setdefault("step", int(max(counts)))
+        latest = max((int(values.get("step", 0)) for values in with_state), default=0)
+        # whichever of the two counted last is ahead: the other's count was carried along, and stands still
+        apex_counted_last = int(group.get("step", 0)) > latest
+        group["step"] = max(int(group.get("step", 0)), latest)
         for values in with_state:
-            values.setdefault("step", torch.tensor(float(group.get("step", 0)), dtype=torch.float32))
+            if apex_counted_last or "step" not in values:
+                values["step"] = torch.tensor(float(group["step"]), dtype=torch.float32)
     return {**state_dict, "state": state, "param_groups": groups}
 
 

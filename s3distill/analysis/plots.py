@@ -39,7 +39,7 @@ def plot_curves(title: str, curves: dict[str, Curve], right: dict[str, Curve] | 
         handles += list(twin.lines)
         twin.set_ylabel(", ".join(right))
     axes.set_xlabel("updates")
-    axes.set_title(title, loc="left")
+    axes.set_title(title, loc="left", color=_INK, fontsize=9)
     if len(handles) > 1:
         axes.legend(handles=handles, frameon=False, labelcolor=_INK, loc="best")
     return _svg(figure, f"{title}. " + " ".join(_in_words(curves | (right or {}))))
@@ -58,7 +58,7 @@ def plot_kept_units(kept: dict[str, KeptUnits]) -> str:
         axes.set_xticks(list(positions))
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("layer")
-        axes.set_title(names.get(unit, unit), loc="left")
+        axes.set_title(names.get(unit, unit), loc="left", color=_INK, fontsize=9)
         words.append(
             f"{names.get(unit, unit)}: "
             + ", ".join(f"layer {i} {count} of {total}" for i, (count, total) in enumerate(layers))
@@ -84,7 +84,7 @@ def _figure(size: tuple[float, float], num_panels: int = 1) -> tuple[Any, Any]:
 def _style(axes: Any) -> None:
     axes.patch.set_alpha(0)
     axes.tick_params(colors=_INK, labelsize=8)
-    for part in (axes.xaxis.label, axes.yaxis.label, axes.title):
+    for part in (axes.xaxis.label, axes.yaxis.label):
         part.set_color(_INK)
         part.set_fontsize(9)
     for name, spine in axes.spines.items():

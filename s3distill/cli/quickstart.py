@@ -122,8 +122,7 @@ def _run_step(step: Step, number: str, out: Path) -> None:
         return
     log = out / f"{step.name}.log"
     begun = time.monotonic()
-    executable = Path(sys.executable).parent / step.command[0]
-    command = [str(executable) if executable.exists() else step.command[0], *step.command[1:]]
+    command = [*_executable(step.command[0]), *step.command[1:]]
     with log.open("w", encoding="utf-8") as sink, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
@@ -141,6 +140,14 @@ def _run_step(step: Step, number: str, out: Path) -> None:
     record.parent.mkdir(exist_ok=True)
     record.write_text(json.dumps({"command": line, "seconds": round(seconds, 1)}))
     print(f"\r    {seconds:.0f} s{'':<70}", flush=True)
+
+
+def _executable(name: str) -> list[str]:
+    """The command of this environment, also where its scripts are not on PATH or s3distill runs from a checkout."""
+    script = Path(sys.executable).parent / name
+    if script.exists():
+        return [str(script)]
+    return [sys.executable, "-m", "s3distill.cli.main"] if name == "s3distill" else [name]
 
 
 def _show_progress(text: str) -> None:

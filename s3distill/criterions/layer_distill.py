@@ -11,6 +11,7 @@ from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
+from s3distill.encoder.teacher import Teacher
 from s3distill.gates.lagrangian import target_at
 from s3distill.losses import COSINES, LossWeights, hidden_state_loss
 
@@ -44,13 +45,33 @@ class LayerDistill(FairseqCriterion):
         super().__init__(task)
         self.cfg = cfg
         self.weights = LossWeights(cfg.l1_weight, cfg.l2_weight, cfg.cosine_weight, str(cfg.cosine_type))
-        self.layer_weights = [float(w) for w in cfg.layer_weights.split(",")] if cfg.layer_weights else None
+        self.layer_weights = _parse_layer_weights(cfg.layer_weights) if cfg.layer_weights else None
         if not 0 <= cfg.target_sparsity < 1:
             raise ValueError(f"`criterion.target_sparsity` must be in [0, 1), but is {cfg.target_sparsity}; 0.75 removes 75%")
-        self._checked = False
+        if cfg.sparsity_warmup < 0:
+            raise ValueError(f"`criterion.sparsity_warmup` counts updates and must be at least 0, but is {cfg.sparsity_warmup}")
 
-    def _check(self, model: Any) -> None:
-        """What can be wrong between model and criterion, said before the first update."""
+    def check_model(self, model: Any, teacher: Teacher) -> None:
+        """What can be wrong between model, teacher and criterion; the task calls it before training starts.
+
+        Raises:
+            ValueError: with the option to change.
+        """
+        if model.heads is None:
+            raise ValueError("`model.distill_layers` must name the layers to match, e.g. '0,4,8,12', but is empty")
+        teacher.check_layers([layer for _, layer in model.heads.pairs])
+        if model.heads.config.teacher_dim != teacher.config.embed_dim:
+            raise ValueError(
+                f"`model.teacher_dim` must be the width of {teacher.name}, {teacher.config.embed_dim}, but is "
+                f"{model.heads.config.teacher_dim}; leave it out"
+            )
+        frames = [[(c.kernel, c.stride) for c in config.conv_layers] for config in (model.config, teacher.config)]
+        if frames[0] != frames[1]:
+            raise ValueError(
+                f"student and teacher must cut audio into the same frames, but the student has one per {model.config.frame_stride} samples "
+                f"and {teacher.name} one per {teacher.config.frame_stride}, (kernel, stride) {frames[0]} and {frames[1]}; take a student "
+                "with the teacher's convolutions"
+            )
         num_pairs = len(model.heads.pairs)
         if self.layer_weights is not None and len(self.layer_weights) != num_pairs:
             raise ValueError(
@@ -60,12 +81,9 @@ class LayerDistill(FairseqCriterion):
             if model.gates is None:
                 raise ValueError("`criterion.target_sparsity` needs gates; pass e.g. model.prune_units=[conv,head,ffn]")
             model.check_target_sparsity(self.cfg.target_sparsity)
-        self._checked = True
 
     def forward(self, model: Any, sample: Any, reduce: bool = True) -> Any:
         """Returns (loss summed over frames, number of valid frames, scalars to log), as fairseq's trainer expects."""
-        if not self._checked:
-            self._check(model)
         inputs = sample["net_input"]
         source, padding_mask = inputs["source"], inputs.get("padding_mask")
         target_sparsity = None
@@ -126,3 +144,13 @@ class LayerDistill(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def _parse_layer_weights(text: str) -> list[float]:
+    weights = []
+    for item in text.split(","):
+        try:
+            weights.append(float(item))
+        except ValueError as error:
+            raise ValueError(f"`criterion.layer_weights` must read like '0.1,0.1,1', but {item.strip()!r} is no number") from error
+    return weights

@@ -206,8 +206,8 @@ def _write_split(
         soundfile.write(work_dir / name, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
         entries.append((name, len(samples)))
         sentences.append(sentence)
+        bar.update(min(len(samples), missing) / SAMPLE_RATE)  # tqdm forgets a total that is overrun
         missing -= len(samples)
-        bar.update(len(samples) / SAMPLE_RATE)
     return entries, sentences
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 SAMPLE_RATE = 16_000  # Hz; every checkpoint of this family reads 16 kHz mono
 
 EXTRACTOR_MODES = ("default", "layer_norm")  # fairseq's names: GroupNorm on layer 0 only / LayerNorm on every layer
+MAX_CONV_LAYERS = 1000  # far above any model, see `parse_conv_layers`
 ACTIVATIONS = ("gelu", "relu", "gelu_accurate", "tanh", "swish")
 
 
@@ -220,17 +222,22 @@ def parse_conv_layers(text: str) -> tuple[ConvLayerConfig, ...]:
             left, right = walk(node.left), walk(node.right)
             if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
                 return left + right
-            if isinstance(node.op, ast.Mult) and isinstance(left, list | int) and isinstance(right, list | int):
+            if isinstance(node.op, ast.Mult) and isinstance(left, int) and isinstance(right, list):
+                left, right = right, left
+            if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
+                if len(left) * right > MAX_CONV_LAYERS:  # the string comes from a file and could ask for any amount of memory
+                    raise ValueError(f"more than {MAX_CONV_LAYERS} layers")
                 return left * right
         raise ValueError(f"unexpected {ast.unparse(node)!r}")
 
     try:
         layers = walk(ast.parse(text.strip(), mode="eval"))
-        return tuple(ConvLayerConfig(*map(int, layer)) for layer in layers)
-    except (SyntaxError, ValueError, TypeError) as error:
+        return tuple(ConvLayerConfig(*map(operator.index, layer)) for layer in layers)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        shown = text if len(text) <= 200 else f"{text[:200]}..."
         raise ValueError(
             f"`conv_feature_layers` must be a list of (channels, kernel, stride), such as "
-            f"[(512, 10, 5)] + [(512, 3, 2)] * 4, but is {text!r}: {error}"
+            f"[(512, 10, 5)] + [(512, 3, 2)] * 4, but is {shown!r}: {error}"
         ) from error
 
 

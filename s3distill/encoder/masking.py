@@ -45,7 +45,7 @@ def span_mask(
     Returns:
         [rows, width] bool, True = masked.
     """
-    chosen = []
+    chosen: list[npt.NDArray[np.int64]] = []
     for size, rng in zip(sizes, rngs, strict=True):
         num_spans = max(min_masks, int(prob * size / float(length) + rng.random()))
         if num_spans == 0 or size < 2:
@@ -57,9 +57,9 @@ def span_mask(
         else:
             shortest = min(lengths)
             if size - shortest <= num_spans:
-                shortest = max(size - num_spans - 1, 0)
-            starts = rng.choice(size - shortest, min(num_spans, size - shortest), replace=False)
-            positions = np.concatenate([s + np.arange(n) for s, n in zip(starts, lengths, strict=False)])
+                shortest = size - num_spans - 1  # below 0 some spans start behind the row, as in fairseq
+            starts = rng.choice(size - shortest, num_spans, replace=False)
+            positions = np.concatenate([s + np.arange(n) for s, n in zip(starts, lengths, strict=True)])
         positions = np.unique(positions[positions < size])
         if len(positions) >= size:
             positions = np.delete(positions, rng.integers(size))
@@ -101,15 +101,15 @@ def _disjoint_spans(lengths: npt.NDArray[np.int64], size: int, min_space: int, r
     free, positions = [(0, size)], []
     shortest = int(lengths.min())
     for length in sorted(map(int, lengths), reverse=True):
-        room = np.array([end - start if end - start >= length + min_space else 0 for start, end in free], dtype=float)
+        room = np.array([end - start if end - start >= length else 0 for start, end in free], dtype=float)
         if room.sum() == 0:
             break
         start, end = free.pop(int(rng.choice(len(free), p=room / room.sum())))
-        first = int(rng.integers(start, end - length))
+        first = int(rng.integers(start, end - length + 1))
         positions.append(np.arange(first, first + length))
-        if first - start - min_space >= shortest:
-            free.append((start, first - min_space + 1))
-        if end - first - length - min_space > shortest:
+        if first - min_space - start >= shortest:
+            free.append((start, first - min_space))
+        if end - (first + length + min_space) >= shortest:
             free.append((first + length + min_space, end))
     return np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)
 

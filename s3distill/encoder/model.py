@@ -128,10 +128,10 @@ class SpeechEncoder(nn.Module):
             )
 
     def load_encoder_state(self, state: dict[str, Tensor], source: str = "the checkpoint") -> None:
-        """Loads parameters by name; all must be there and fit.
+        """Loads parameters by name; all must be there, fit and be finite.
 
         Raises:
-            ValueError: names are missing or shapes differ; the message lists them.
+            ValueError: names are missing, shapes differ or values are NaN or infinite; the message lists them.
         """
         own = {name: p for name, p in self.state_dict().items() if name in dict(SpeechEncoder.named_parameters(self))}
         own = {name: p for name, p in own.items() if not name.startswith(("heads.", "gates.", "lagrangian."))}
@@ -145,6 +145,12 @@ class SpeechEncoder(nn.Module):
             raise ValueError(
                 f"{source} does not fit the encoder's shape; missing: {missing[:5] or 'none'}, of another shape: "
                 f"{wrong[:5] or 'none'} ({len(missing)} and {len(wrong)} in all); was it saved completely, by the model it names?"
+            )
+        broken = [name for name in own if not bool(state[name].isfinite().all())]
+        if broken:
+            raise ValueError(
+                f"the weights in {source} must be finite, but {', '.join(broken[:5])} ({len(broken)} in all) hold NaN or infinity: the "
+                "training that wrote it diverged; take an earlier checkpoint"
             )
         with torch.no_grad():
             for name, parameter in own.items():

@@ -37,9 +37,9 @@ class AdamWGroups(FairseqOptimizer):
 
     def __init__(self, cfg: AdamWGroupsConfig, params: Iterable[torch.nn.Parameter]) -> None:
         super().__init__(cfg)
-        peak = float(cfg.lr[0])
+        peak = float(cfg.lr[0]) if len(cfg.lr) > 0 else 0.0
         if peak <= 0:
-            raise ValueError(f"`optimization.lr` must be positive, but is {peak}; pass e.g. optimization.lr=[0.0002]")
+            raise ValueError(f"`optimization.lr` must be positive, but is {list(cfg.lr)}; pass e.g. optimization.lr=[0.0002]")
         scales = {"main": 1.0, "gate": cfg.gate_lr / peak, "multiplier": cfg.multiplier_lr / peak}
         groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in scales}
         for parameter in params:

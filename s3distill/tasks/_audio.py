@@ -1,20 +1,33 @@
 """What the audio tasks share: checks before training, manifests with relative roots, crops that a seed decides."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from fairseq.data.audio.raw_audio_dataset import FileAudioDataset
 from torch import Tensor
 
+from s3distill.data.audio import read_audio
 from s3distill.data.manifest import read_manifest, validate_for_training
 
 logger = logging.getLogger(__name__)
 
 
-class SeededCropDataset(FileAudioDataset):
+class CheckedAudioDataset(FileAudioDataset):
+    """fairseq's `FileAudioDataset` that refuses by name what it cannot use; fairseq's own averages the channels of stereo."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name = self.fnames[index]
+        name = self.text_compressor.decompress(name if isinstance(self.fnames, list) else name.as_py())
+        samples = torch.from_numpy(read_audio(os.path.join(self.root_dir, name), self.sample_rate))
+        return {"id": index, "source": self.postprocess(samples, self.sample_rate)}
+
+
+class SeededCropDataset(CheckedAudioDataset):
     """fairseq's `FileAudioDataset` whose random crops depend on seed, epoch and utterance only, so resumed runs repeat them."""
 
     def __init__(self, *args: Any, seed: int = 1, **options: Any) -> None:
@@ -56,7 +69,9 @@ def check_split(data: str, split: str, labels: str | None, dictionary: str | Non
 
 
 def set_root(dataset: Any, root: Path) -> None:
-    """Gives the audio dataset inside wrappers (labels, subsets) its absolute root."""
+    """Gives the audio dataset inside wrappers (labels, subsets) its absolute root, and checked reading."""
     while not isinstance(dataset, FileAudioDataset):
         dataset = dataset.dataset
     dataset.root_dir = str(root)
+    if type(dataset) is FileAudioDataset:
+        dataset.__class__ = CheckedAudioDataset  # fairseq's tasks build it by name; only reading differs

@@ -44,6 +44,11 @@ class AudioCtcTask(AudioFinetuningTask):
         super().__init__(cfg)
         self.words: dict[str, list[str]] = {}  # per split, what `.wrd` says of each utterance of the dataset
 
+    def load_target_dictionary(self) -> Any:
+        if self.cfg.labels:
+            read_dictionary(Path(self.cfg.target_dictionary or self.cfg.data) / f"dict.{self.cfg.labels}.txt")  # its errors are clear
+        return super().load_target_dictionary()
+
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         if getattr(cfg, "_name", None) == "ctc":
             try:
@@ -57,7 +62,7 @@ class AudioCtcTask(AudioFinetuningTask):
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
         """Loads a split; decoding passes the checkpoint's own ``task_cfg``, so its ``normalize`` counts, not the command's."""
         options = task_cfg or self.cfg
-        parts = _parts(split, options.multi_corpus_keys)
+        parts = _parts(split, options.get("multi_corpus_keys"))
         roots = {}
         if not options.get("binarized_dataset", False):
             for key, name in parts:

@@ -46,6 +46,7 @@ class AudioDistillTask(AudioPretrainingTask):
     def __init__(self, cfg: AudioDistillConfig) -> None:
         super().__init__(cfg)
         self._teacher: Optional[Teacher] = None
+        self._model: Any = None
 
     @property
     def teacher(self) -> Teacher:
@@ -65,7 +66,12 @@ class AudioDistillTask(AudioPretrainingTask):
         return self._teacher
 
     def build_model(self, model_cfg: Any, from_checkpoint: bool = False) -> Any:
-        model = super().build_model(model_cfg, from_checkpoint)
+        if not from_checkpoint and not os.path.isdir(self.cfg.data):
+            raise ValueError(
+                f"`task.data` must be the folder of the manifests, but there is no folder {self.cfg.data}; make it with `s3distill "
+                "manifest`"
+            )
+        self._model = model = super().build_model(model_cfg, from_checkpoint)
         with open_dict(model_cfg):  # what was taken from files, so that the checkpoint rebuilds without them
             for name in ("encoder", "encoder_embed_dim", "teacher_dim", "reference_cost", "normalize"):
                 if hasattr(model.cfg, name):
@@ -74,6 +80,25 @@ class AudioDistillTask(AudioPretrainingTask):
         if heads is not None and heads.config.init == "least_squares" and not from_checkpoint and not model.heads_loaded:
             self._fit_heads(model)
         return model
+
+    def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        criterion = super().build_criterion(cfg, from_checkpoint)
+        if self._model is not None and hasattr(criterion, "check_model"):  # fairseq builds the model first
+            criterion.check_model(self._model, self.teacher)
+        return criterion
+
+    def state_dict(self) -> dict[str, Any]:
+        """fairseq asks for it when it saves: a student that diverged is not written over a good one.
+
+        At the end of an epoch fairseq may save without a validation, so that nothing has seen the last update's weights.
+        """
+        broken = [n for n, p in self._model.named_parameters() if not bool(p.isfinite().all())] if self._model is not None else []
+        if broken:
+            raise RuntimeError(
+                f"the training diverged: {', '.join(broken[:5])} ({len(broken)} parameters in all) hold NaN or infinity, so this checkpoint "
+                "is not written and the last one is untouched; lower optimization.lr, optimizer.gate_lr or optimizer.multiplier_lr"
+            )
+        return dict(super().state_dict())
 
     def _fit_heads(self, model: Any) -> None:
         """Fits linear heads on the first utterances of train.tsv; here, in front of the optimizer's fp32 copies, and alike on all ranks."""
@@ -88,6 +113,11 @@ class AudioDistillTask(AudioPretrainingTask):
         model.train()
         model.heads.fit_least_squares(features["hidden_states"], teacher_states, features["padding_mask"])
         logger.info("heads fitted by least squares on %d utterances", source.shape[0])
+
+    def get_batch_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        # fairseq drops the last batch, the shortest utterances, where its size is no multiple of this option (8 by default)
+        kwargs["required_batch_size_multiple"] = 1
+        return super().get_batch_iterator(*args, **kwargs)
 
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
         options = task_cfg or self.cfg

@@ -71,6 +71,8 @@ def test_one_file_holds_table_plots_and_commands(tmp_path: Path, log: Path) -> N
         assert f">{figure}<" in text, figure
     assert "is synthetic" in text and "b &amp; c.pt" in text
     assert "prefers-color-scheme: dark" in text and "currentColor" in text
+    texts = re.findall(r"<text [^>]*style=\"([^\"]*)\"", text)
+    assert texts and all("fill: currentColor" in style for style in texts), "black text does not show on a dark page"
     assert [p.name for p in tmp_path.iterdir() if "report" in p.name] == ["report.html"]
 
 

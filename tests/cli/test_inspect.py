@@ -6,9 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from s3distill.analysis import measure
 from s3distill.cli.main import main
 from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, uniform_layers
 from s3distill.encoder.model import SpeechEncoder
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MIN_TIMING_S", 0.0)
 
 
 def write_student(path: Path, num_heads: int, ffn_dim: int) -> str:

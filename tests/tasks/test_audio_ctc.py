@@ -17,9 +17,9 @@ fairseq = pytest.importorskip("fairseq")
 
 from fairseq import options  # noqa: E402
 from fairseq.dataclass.configs import FairseqConfig  # noqa: E402
-from fairseq.models.hubert import hubert_asr  # noqa: E402
+from fairseq.models import MODEL_DATACLASS_REGISTRY  # noqa: E402
 from fairseq_cli import generate  # noqa: E402
-from omegaconf import OmegaConf, open_dict  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
 
 import s3distill  # noqa: E402
 from s3distill.scoring.s3_wer import S3WerConfig, S3WerScorer  # noqa: E402
@@ -41,6 +41,19 @@ SIZES = dict(
 )
 
 
+# file -> (fine-tuned model, its encoder, the encoder's task, options that differ)
+KINDS = {
+    "wav2vec_ctc": ("wav2vec_ctc", "wav2vec2", {"_name": "audio_pretraining"}, {}),
+    "hubert_ctc": (
+        "hubert_ctc",
+        "hubert",
+        {"_name": "hubert_pretraining", "label_rate": 50.0, "labels": ["ltr"]},
+        {"label_rate": 50.0},
+    ),
+    "student": ("wav2vec_ctc", "ssl_student", {"_name": "audio_distill"}, {"extractor_mode": "default"}),
+}
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
@@ -59,24 +72,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def buildable_hubert() -> Any:
-    """Stock `hubert_ctc` reads an option, ``autoregressive``, that its config lacks; without this it cannot be built at all."""
-
-    def build(self: Any, cfg: Any, task: Any) -> None:
-        with open_dict(cfg):
-            cfg.autoregressive = cfg.get("autoregressive", False)
-        stock(self, cfg, task)
-
-    with pytest.MonkeyPatch.context() as patch:
-        stock = hubert_asr.HubertEncoder.__init__
-        patch.setattr(hubert_asr.HubertEncoder, "__init__", build)
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoints(buildable_hubert: None, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def checkpoints(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {kind: _write_checkpoint(kind, corpus, folder / f"{kind}.pt") for kind in ("wav2vec_ctc", "hubert_ctc")}
+    return {kind: _write_checkpoint(kind, corpus, folder / f"{kind}.pt") for kind in KINDS}
 
 
 def _plain(config: object) -> dict:
@@ -85,34 +83,17 @@ def _plain(config: object) -> dict:
 
 def _write_checkpoint(kind: str, corpus: Path, path: Path) -> Path:
     """A randomly initialised fine-tuned checkpoint, with the keys that fairseq's trainer writes."""
-    from fairseq.models.hubert.hubert import HubertConfig
-    from fairseq.models.hubert.hubert_asr import HubertCtcConfig
-    from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config
-    from fairseq.models.wav2vec.wav2vec2_asr import Wav2Vec2CtcConfig
-
-    encoder = {"wav2vec_ctc": Wav2Vec2Config, "hubert_ctc": HubertConfig}[kind]()
-    for name, value in SIZES.items():
-        setattr(encoder, name, value)
-    inner_task = {"_name": "audio_pretraining", "data": str(corpus), "normalize": False}
-    if kind == "hubert_ctc":
-        inner_task = {
-            "_name": "hubert_pretraining",
-            "data": str(corpus),
-            "normalize": False,
-            "label_rate": 50.0,
-            "labels": ["ltr"],
-        }
-    model = {"wav2vec_ctc": Wav2Vec2CtcConfig, "hubert_ctc": HubertCtcConfig}[kind]()
-    model.w2v_path, model.normalize, model.data = "nowhere.pt", False, str(corpus)
+    model_name, encoder_name, encoder_task, options_that_differ = KINDS[kind]
+    encoder = MODEL_DATACLASS_REGISTRY[encoder_name]()
+    model = MODEL_DATACLASS_REGISTRY[model_name](w2v_path="nowhere.pt", no_pretrained_weights=True)
     cfg = OmegaConf.create(_plain(FairseqConfig()))
     cfg.task = OmegaConf.create({**_plain(AudioCtcConfig(data=str(corpus), labels="ltr")), "_name": "audio_ctc"})
-    cfg.model = OmegaConf.create({**_plain(model), "_name": kind, "no_pretrained_weights": True})
-    inner_model = {**_plain(encoder), "_name": {"wav2vec_ctc": "wav2vec2", "hubert_ctc": "hubert"}[kind]}
-    if kind == "hubert_ctc":
-        inner_model["label_rate"] = 50.0
-    cfg.model.w2v_args = OmegaConf.create(
-        {"model": inner_model, "task": inner_task, "common": {"fp16": False, "tpu": False, "seed": 1}}
-    )
+    cfg.model = OmegaConf.create({**_plain(model), "_name": model_name})
+    cfg.model.w2v_args = {
+        "model": {**_plain(encoder), "_name": encoder_name, **SIZES, **options_that_differ},
+        "task": {"data": str(corpus), "normalize": False, **encoder_task},
+        "common": {"fp16": False, "tpu": False, "seed": 1},
+    }
     task = AudioCtcTask(cfg.task)
     torch.manual_seed(1)
     built = task.build_model(cfg.model)
@@ -220,11 +201,11 @@ def test_fairseq_generate_decodes_scores_and_writes_its_files(
     assert not [p.name for p in results.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("kind", ["wav2vec_ctc", "hubert_ctc"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_batched_and_single_decoding_give_the_same_text(
     kind: str, corpus: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Also for `hubert_ctc`, whose logits of padded frames are as good as any other."""
+    """Also for `hubert_ctc`, whose logits of padded frames look like any other, and for our GroupNorm extractor."""
     texts = []
     for batch_size in (1, 5):
         _generate(_command(corpus, checkpoints[kind], batch_size=batch_size), tmp_path / str(batch_size))
