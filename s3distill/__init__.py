@@ -36,6 +36,6 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> SpeechModel:
     return SpeechModel(parse_checkpoint(compat.load_checkpoint(path), str(path)), str(path)).to(device)
 
 
-if compat.fairseq_installed():
+if compat.fairseq_usable():
     compat.install()
     compat.import_shells()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import collections
 import dataclasses
 import enum
 import importlib
@@ -44,9 +43,16 @@ _OMEGACONF_TYPES = (
     "omegaconf.nodes.BytesNode",
     "omegaconf.nodes.InterpolationResultNode",
 )
+
+
+def _dict_without_factory(*_: Any) -> dict[Any, Any]:
+    """Stands for `collections.defaultdict`, which torch's unpickler makes but does not fill."""
+    return {}
+
+
 _PLAIN_TYPES: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace,
-    "collections.defaultdict": collections.defaultdict,
+    "collections.defaultdict": _dict_without_factory,
     "typing.Any": Any,
     "typing.Union": typing.Union,
     "builtins.dict": dict,
@@ -154,9 +160,11 @@ def _types_in(path: str | os.PathLike[str]) -> list[str]:
 
 def _corrupt(path: str | os.PathLike[str], error: Exception) -> ValueError:
     size = os.path.getsize(path)
+    # torch's first lines advise weights_only=False; what went wrong stands behind them
+    reason = next(iter(str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()), type(error).__name__)
     return ValueError(
         f"checkpoint {path} cannot be read: it must be a file that torch.save wrote, but it is corrupt or truncated "
-        f"({size} bytes; {str(error).splitlines()[0] if str(error) else type(error).__name__}); copy or download it again"
+        f"({size} bytes; {reason}); copy or download it again"
     )
 
 
@@ -240,9 +248,16 @@ def _plain_stand_in(value: _StandIn) -> Any:
     return {k: _plain(v) for k, v in state.items() if k != "values"}
 
 
-def fairseq_installed() -> bool:
-    """Whether fairseq can be imported (it is not imported here)."""
-    return importlib.util.find_spec("fairseq") is not None
+def fairseq_usable() -> bool:
+    """Whether fairseq is installed and loads; an installation that is broken gives a warning, so that `load` and `doctor` still run."""
+    if importlib.util.find_spec("fairseq") is None:
+        return False
+    try:
+        importlib.import_module("fairseq.models")
+    except (ImportError, OSError, AttributeError, ValueError) as error:
+        logger.warning("fairseq is installed but does not load (%s: %s); run `s3distill doctor`", type(error).__name__, error)
+        return False
+    return True
 
 
 def import_shells() -> None:
@@ -259,7 +274,6 @@ def install() -> None:
     from fairseq import checkpoint_utils
     from fairseq.distributed import utils as distributed_utils
     from fairseq.file_io import PathManager
-    from fairseq.models.hubert import hubert_asr
 
     if getattr(checkpoint_utils.load_checkpoint_to_cpu, "is_s3distill", False):
         return
@@ -271,20 +285,23 @@ def install() -> None:
     PathManager.copy = staticmethod(_atomic_copy(PathManager.copy))
     _know_user_dir()
     _repair_hubert_ctc()
-    hubert_asr.HubertEncoder.__init__ = _with_autoregressive(hubert_asr.HubertEncoder.__init__)
+    checkpoint_utils.convert_namespace_to_omegaconf = _with_nested_args(checkpoint_utils.convert_namespace_to_omegaconf)
 
 
-def _with_autoregressive(stock: Callable[..., None]) -> Callable[..., None]:
-    """`HubertEncoder.__init__` reads ``cfg.autoregressive``, which `HubertCtcConfig` lacks: no `hubert_ctc` could be built."""
-    from omegaconf import OmegaConf, open_dict
+def _with_nested_args(stock: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Namespace], Any]:
+    """`convert_namespace_to_omegaconf` for fine-tuned ``args``-style files: they nest the encoder's, and hydra >= 1.1 fails on it."""
+    from omegaconf import open_dict
 
-    def build(self: Any, cfg: Any, task: Any) -> None:
-        if OmegaConf.is_config(cfg) and "autoregressive" not in cfg:
-            with open_dict(cfg):
-                cfg.autoregressive = False
-        stock(self, cfg, task)
+    def convert(args: argparse.Namespace) -> Any:
+        nested = getattr(args, "w2v_args", None)
+        if not isinstance(nested, argparse.Namespace):
+            return stock(args)
+        cfg = stock(argparse.Namespace(**{**vars(args), "w2v_args": None}))
+        with open_dict(cfg):
+            cfg.model.w2v_args = convert(nested)
+        return cfg
 
-    return build
+    return convert
 
 
 def _know_user_dir() -> None:

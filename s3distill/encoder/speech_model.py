@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from s3distill.encoder.attention import bert_linear
 from s3distill.encoder.checkpoint import ParsedCheckpoint
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.gates.gate_set import GateSet
 
 
 @dataclass
@@ -37,6 +38,7 @@ class SpeechModel(nn.Module):
         encoder: the `SpeechEncoder`.
         head: CTC head, Linear [C -> V], or None.
         symbols: dictionary of the head (index = position), or None.
+        gates: L0 gates of a student that was not pruned yet, or None; they act as in its own evaluation mode.
         normalize: whether waveforms are normalised per utterance, as the model was trained.
     """
 
@@ -49,6 +51,11 @@ class SpeechModel(nn.Module):
             num_symbols, width = checkpoint.head_state["weight"].shape
             self.head = bert_linear(width, num_symbols)
             self.head.load_state_dict(checkpoint.head_state)
+        self.gates: GateSet | None = None
+        gate_state = {k.partition("gates.")[2]: v for k, v in checkpoint.extra_state.items() if "gates." in k}
+        if gate_state:
+            self.gates = GateSet(checkpoint.config, list(checkpoint.pretraining_options["prune_units"]))
+            self.gates.load_state_dict(gate_state)
         self.symbols = checkpoint.symbols
         self.normalize = checkpoint.normalize
         self.family = checkpoint.family
@@ -78,7 +85,7 @@ class SpeechModel(nn.Module):
             waveforms = normalize_waveforms(waveforms, padding_mask)
         elif padding_mask is not None:
             waveforms = waveforms.masked_fill(padding_mask, 0)
-        out = self.encoder(waveforms, padding_mask)
+        out = self.encoder(waveforms, padding_mask, gates=None if self.gates is None else self.gates.deterministic())
         logits = None if self.head is None else self.head(out.x)
         return SpeechOutput(out.hidden_states, out.padding_mask, out.x, logits)
 

@@ -256,9 +256,11 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         }
 
     def remove_pretraining_modules(self, last_layer: int | None = None) -> None:
-        """Drops heads and multipliers; gates too, once nothing is left to learn (a pruned checkpoint has none)."""
+        """Drops heads and multipliers; gates that were not pruned yet stay, frozen, since they are part of the function."""
         self.heads = None
         self.lagrangian = None
+        if self.gates is not None:
+            self.gates.requires_grad_(False)
 
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)

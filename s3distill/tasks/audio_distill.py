@@ -119,6 +119,11 @@ class AudioDistillTask(AudioPretrainingTask):
         kwargs["required_batch_size_multiple"] = 1
         return super().get_batch_iterator(*args, **kwargs)
 
+    def get_batch_iterator(self, *args: Any, **options: Any) -> Any:
+        # fairseq drops the last batch, the shortest utterances, where its size is no multiple of this option (8 by default)
+        options["required_batch_size_multiple"] = 1
+        return super().get_batch_iterator(*args, **options)
+
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
         options = task_cfg or self.cfg
         if options.sample_rate != SAMPLE_RATE:

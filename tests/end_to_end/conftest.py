@@ -72,7 +72,7 @@ class Command:
 
     def kill(self) -> None:
         """SIGKILL: no handler runs, nothing is flushed."""
-        os.kill(self.pid, signal.SIGKILL)
+        os.killpg(self.pid, signal.SIGKILL)
         self.wait()
         assert self.status == -signal.SIGKILL, f"the command was over before it was killed:\n{self.output[-3000:]}"
 

@@ -42,6 +42,7 @@ def _become(argv: list[str], log: str) -> None:
     """Runs a command as this process; does not return."""
     status = 1
     try:
+        os.setpgrp()  # so that a kill reaches its own children too
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
