@@ -183,7 +183,7 @@ def _torch_load(path: str | os.PathLike[str], allowed: list[tuple[Any, str]]) ->
                 "state = torch.load(path, weights_only=False); torch.save({'model': state['model'], 'cfg': state['cfg']}, new_path)"
             ) from error
         raise _corrupt(path, error) from error
-    except Exception as error:  # a damaged pickle fails in any way: KeyError, IndexError, UnicodeDecodeError, struct.error, ...
+    except Exception as error:  # a damaged pickle fails in any way: KeyError, UnicodeDecodeError, struct.error, ...
         raise _corrupt(path, error) from error
 
 

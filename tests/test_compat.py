@@ -1,4 +1,4 @@
-"""Loading runs no code and reads every layout; files are written whole; all names register whatever was imported first."""
+"""Loading runs no code and reads every layout, files are written whole, all names register in any order of imports."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ import torch
 
 pytest.importorskip("fairseq")
 
-import fairseq.utils  # noqa: E402
-from fairseq import checkpoint_utils  # noqa: E402
-from fairseq.data import Dictionary  # noqa: E402
-from fairseq.file_io import PathManager  # noqa: E402
-from fairseq.logging.meters import AverageMeter  # noqa: E402
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
+import fairseq.utils
+from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+from fairseq.file_io import PathManager
+from fairseq.logging.meters import AverageMeter
+from omegaconf import DictConfig, OmegaConf
 
-import s3distill  # noqa: E402
-from s3distill import compat  # noqa: E402
-from s3distill.encoder.checkpoint import parse_checkpoint  # noqa: E402
-from tests.encoder import checkpoints  # noqa: E402
+import s3distill
+from s3distill import compat
+from s3distill.encoder.checkpoint import parse_checkpoint
+from tests.encoder import checkpoints
 
 REPOSITORY = Path(s3distill.__file__).parents[1]
 
@@ -154,7 +154,9 @@ def ran() -> Path:
 def evil_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     """Modules with side effects in allowed packages: one imported, one that only lies on the path."""
     monkeypatch.chdir(tmp_path)
-    source = "import dataclasses\nclass Class:\n    def __init__(self, *_): open('ran', 'w')\n    __setstate__ = __init__\n"
+    source = (
+        "import dataclasses\nclass Class:\n    def __init__(self, *_): open('ran', 'w')\n    __setstate__ = __init__\n"
+    )
     imported = types.ModuleType("fairseq.evil_for_tests")
     exec(source, imported.__dict__)
     monkeypatch.setitem(sys.modules, imported.__name__, imported)
@@ -272,7 +274,9 @@ def test_an_option_that_fairseq_evaluates_must_be_a_literal(
         model["adam_betas"] = "__import__('os').system('touch ran')"
     path = checkpoints.save(STYLES[style](written), tmp_path / "evil.pt")
     for name in ("stock", "ensemble"):
-        with pytest.raises(ValueError, match="was refused: loading must not run code, but fairseq evaluates its option"):
+        with pytest.raises(
+            ValueError, match="was refused: loading must not run code, but fairseq evaluates its option"
+        ):
             LOADERS[name](path)
     if where == "encoder":
         with pytest.raises(ValueError, match="`conv_feature_layers` must be a list"):
@@ -280,7 +284,9 @@ def test_an_option_that_fairseq_evaluates_must_be_a_literal(
     assert not ran().exists()
 
 
-@pytest.mark.parametrize("value", [b"print(1)", "${model.other}", "9 ** 9 ** 9 ** 9", "f'{1}'", "[x for x in y]", "a.b"])
+@pytest.mark.parametrize(
+    "value", [b"print(1)", "${model.other}", "9 ** 9 ** 9 ** 9", "f'{1}'", "[x for x in y]", "a.b"]
+)
 def test_other_ways_to_be_more_than_a_literal(value: Any, state: dict, tmp_path: Path) -> None:
     infected = {**state, "cfg": copy.deepcopy(state["cfg"])}
     infected["cfg"]["model"]["conv_feature_layers"] = value
@@ -313,7 +319,9 @@ def assert_unreadable(path: Path, rule: str) -> None:
         assert "\n" not in str(raised.value), name
 
 
-CORRUPT = "cannot be read: it must be a file that torch.save wrote, but it is corrupt or truncated .* copy or download it"
+CORRUPT = (
+    "cannot be read: it must be a file that torch.save wrote, but it is corrupt or truncated .* copy or download it"
+)
 
 
 @both_formats
@@ -386,7 +394,12 @@ def test_damaged_bytes_never_give_another_error(as_zip: bool, state: dict, tmp_p
 
 @pytest.mark.parametrize(
     ("held", "what"),
-    [([1, 2], "a list"), ({"weights": 1}, r"a dict with \['weights'\]"), (torch.ones(2), "a Tensor"), ("text", "a str")],
+    [
+        ([1, 2], "a list"),
+        ({"weights": 1}, r"a dict with \['weights'\]"),
+        (torch.ones(2), "a Tensor"),
+        ("text", "a str"),
+    ],
 )
 def test_a_file_without_a_model_is_named(held: Any, what: str, tmp_path: Path) -> None:
     path = tmp_path / "other.pt"
@@ -425,7 +438,9 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
 
 
 def write(path: Path, value: float) -> None:
-    compat.write_checkpoint(path, {"weight": torch.full((2,), value)}, {"_name": "ssl_student"}, {"_name": "audio_distill"})
+    compat.write_checkpoint(
+        path, {"weight": torch.full((2,), value)}, {"_name": "ssl_student"}, {"_name": "audio_distill"}
+    )
 
 
 def test_a_written_checkpoint_reads_back_everywhere(tmp_path: Path) -> None:
@@ -534,7 +549,7 @@ names = {
     "criterions": REGISTRIES["criterion"]["registry"], "optimizers": REGISTRIES["optimizer"]["registry"],
 }
 print(json.dumps({
-    **{kind: [n for n, c in registry.items() if c.__module__.startswith("s3distill.")] for kind, registry in names.items()},
+    **{kind: [n for n, c in held.items() if c.__module__.startswith("s3distill.")] for kind, held in names.items()},
     "level": logging.getLogger().level,
     "safe": checkpoint_utils.load_checkpoint_to_cpu.__module__,
 }))
@@ -543,7 +558,8 @@ ORDERS = {
     "s3distill_first": "import s3distill",
     "fairseq_first": "import fairseq, fairseq.models, fairseq.tasks, fairseq.criterions; import s3distill",
     "wav2vec_first": "import fairseq.models.wav2vec.wav2vec2_asr; import s3distill",
-    "user_dir": "import argparse; from fairseq import utils; utils.import_user_module(argparse.Namespace(user_dir={user_dir!r}))",
+    "user_dir": "from argparse import Namespace; from fairseq.utils import import_user_module; "
+    "import_user_module(Namespace(user_dir={user_dir!r}))",
 }
 
 

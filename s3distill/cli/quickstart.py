@@ -78,7 +78,7 @@ def chain(out: Path, smoke: bool = False, data_dir: str | None = None) -> list[S
 
     def generate(name: str, checkpoint: Path) -> list[str]:
         return [
-            *("fairseq-generate", str(data), "--user-dir", user_dir, "--task", "audio_ctc", "--labels", "ltr", "--normalize"),
+            *("fairseq-generate", str(data), "--user-dir", user_dir, "--task", "audio_ctc", "--labels", "ltr"),
             *("--path", str(checkpoint), "--gen-subset", "test", "--batch-size", "16", "--post-process", "letter"),
             *("--scoring", "s3_wer", "--results-path", str(out / f"decode_{name}")),
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,7 +56,9 @@ class SelfAttention(nn.Module):
 
 def bert_linear(in_features: int, out_features: int) -> nn.Linear:
     """A Linear with BERT's initialisation (normal, std 0.02, zero bias); a side of 0 is allowed."""
-    layer = nn.Linear(in_features, out_features, device="meta").to_empty(device="cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        layer = nn.Linear(in_features, out_features)
     if layer.weight.numel() > 0:
         nn.init.normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)

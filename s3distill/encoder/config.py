@@ -225,7 +225,7 @@ def parse_conv_layers(text: str) -> tuple[ConvLayerConfig, ...]:
             if isinstance(node.op, ast.Mult) and isinstance(left, int) and isinstance(right, list):
                 left, right = right, left
             if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
-                if len(left) * right > MAX_CONV_LAYERS:  # the string comes from a file and could ask for any amount of memory
+                if len(left) * right > MAX_CONV_LAYERS:  # the string comes from a file and could ask for any size
                     raise ValueError(f"more than {MAX_CONV_LAYERS} layers")
                 return left * right
         raise ValueError(f"unexpected {ast.unparse(node)!r}")

@@ -2,7 +2,7 @@
 
 # no `from __future__ import annotations`: fairseq reads the types of config fields
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, List, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -155,6 +155,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         """Shape, weights, heads and gates; what was taken from files goes into ``cfg``, so that checkpoints rebuild alone."""
         start = None if cfg.encoder or not cfg.student_path else _read(cfg.student_path, bool(cfg.normalize))
         config = start.config if start is not None else config_from_options(cfg, "ssl_student")  # type: ignore[arg-type]
+        config = replace(config, group_norm_over_padding=bool(cfg.group_norm_over_padding))
         cfg.encoder = config.to_json()
         cfg.encoder_embed_dim = config.embed_dim
         teacher = getattr(task, "teacher", None) if (cfg.distill_layers and not cfg.teacher_dim) else None
@@ -174,6 +175,15 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
     def _load_start(self, start: ParsedCheckpoint, path: str) -> None:
         """Weights of the student, and heads where the file has them in the same shape."""
         self.load_encoder_state(start.encoder_state, path)
+        gates = {k.removeprefix("gates."): v for k, v in start.extra_state.items() if k.startswith("gates.")}
+        if gates:
+            own = {} if self.gates is None else {k: v.shape for k, v in self.gates.state_dict().items()}
+            if self.gates is None or own != {k: v.shape for k, v in gates.items()}:
+                raise ValueError(
+                    f"{path} has gates that were not pruned yet (model.prune_units={start.pretraining_options.get('prune_units')}); cut "
+                    "them first with `s3distill prune`, or go on training them with the same model.prune_units"
+                )
+            self.gates.load_state_dict(gates)
         if self.heads is None:
             return
         found = {k.removeprefix("heads."): v for k, v in start.extra_state.items() if k.startswith("heads.")}

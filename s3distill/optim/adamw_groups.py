@@ -1,6 +1,7 @@
 """`adamw_groups`: AdamW whose gates and multipliers have learning rates of their own, on one schedule."""
 
 # no `from __future__ import annotations`: fairseq reads the types of config fields
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, List
@@ -80,3 +81,8 @@ class AdamWGroups(FairseqOptimizer):
     def set_lr(self, lr: float) -> None:
         for group in self.param_groups:
             group["lr"] = lr * group["lr_scale"]
+
+    def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> torch.Tensor:
+        if aggregate_norm_fn is not None:  # sharded parameters: fairseq gathers the norm over ranks
+            return super().clip_grad_norm(max_norm, aggregate_norm_fn)
+        return kernels.clip_grad_norm(self.params, max_norm if max_norm > 0 else math.inf)

@@ -44,6 +44,12 @@ class AudioDistillTask(AudioPretrainingTask):
     cfg: AudioDistillConfig
 
     def __init__(self, cfg: AudioDistillConfig) -> None:
+        for option, expected in (("multi_corpus_keys", None), ("binarized_dataset", False), ("subsample", 1.0)):
+            if getattr(cfg, option, expected) != expected:
+                raise ValueError(
+                    f"`task.{option}` is not supported by audio_distill and must stay {expected}, but is {getattr(cfg, option)!r}; "
+                    "prepare a manifest of the wanted utterances instead"
+                )
         super().__init__(cfg)
         self._teacher: Optional[Teacher] = None
         self._model: Any = None

@@ -118,7 +118,7 @@ def _whole_config(name: str, schema: type, options: Options, task_name: str, tas
 
 
 def build_model(cfg: Options, task_state: State | None = None) -> nn.Module:
-    """fairseq's own model of a config, with unset weights (see `fill`); builds as `load_model_ensemble_and_task` does."""
+    """fairseq's own model of a config with unset weights (see `fill`), built as `load_model_ensemble_and_task` does."""
     config = OmegaConf.create(copy.deepcopy(cfg), flags={"allow_objects": True})
     task = tasks.setup_task(config.task, from_checkpoint=True)
     task.load_state_dict(task_state or {})
@@ -145,7 +145,7 @@ def fill(model: nn.Module, seed: int = 0) -> nn.Module:
         start = (start + count) % len(noise)
         values = values.view(parameter.shape)
         if parameter.dim() >= 2:
-            parameter.copy_(values * (count / parameter.shape[0]) ** -0.5)
+            parameter.copy_(values * max(1.0, count / max(1, parameter.shape[0])) ** -0.5)
         else:
             parameter.copy_(0.1 * values + float(name.endswith(".weight")))  # norms' weights are near 1
     for module in model.modules():
@@ -187,7 +187,10 @@ def checkpoint_of(model: nn.Module, cfg: Options, num_updates: int = 100) -> Sta
             "train_iterator": {"epoch": 2, "iterations_in_epoch": 0, "shuffle": True, "len": 50},
             "val_loss": 1.25,
         },
-        "last_optimizer_state": {"state": {0: {"step": 100, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]},
+        "last_optimizer_state": {
+            "state": {0: {"step": 100, "exp_avg": torch.zeros(3)}},
+            "param_groups": [{"lr": 1e-4}],
+        },
     }
 
 

@@ -140,7 +140,7 @@ def test_list_expressions_mean_what_eval_gives(text: str) -> None:
         "(lambda: open('ran', 'w'))()",
         "[(512, 10, 5)].__class__",
         "[(512, 10, 5)][0:1]",
-        "f'{open(\"ran\", \"w\")}'",
+        'f\'{open("ran", "w")}\'',
         "(x := [(512, 10, 5)])",
         "import os",
         "[(512, 10, 5)] * 99999999999999999999",
@@ -160,9 +160,7 @@ def test_list_expressions_mean_what_eval_gives(text: str) -> None:
     ],
     ids=lambda text: text[:30],
 )
-def test_anything_else_is_refused_and_runs_nothing(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_anything_else_is_refused_and_runs_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"`conv_feature_layers` must be a list of \(channels, kernel, stride\)"):
         parse_conv_layers(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,7 @@ def test_spans_without_overlap_are_apart(selection: str, other: float, min_space
     for row in mask:
         runs = spans(row)
         lengths += [end - start for start, end in runs]
-        gaps += [start - end for (_, end), (start, _) in zip(runs, runs[1:], strict=False)]
+        gaps += [start - end for (_, end), (start, _) in itertools.pairwise(runs)]
     assert min(gaps) >= min_space, "spans touch or stand too close"
     assert min(gaps) < min_space + 3, "spans that stand as close as they may are found, too"
     if selection == "static":
@@ -171,9 +172,7 @@ def test_spans_without_overlap_are_apart(selection: str, other: float, min_space
 
 
 def test_spans_without_overlap_or_space_may_touch_and_fill_the_row() -> None:
-    mask = span_mask(
-        [20] * 200, 20, 1.0, 10, generators(200), no_overlap=True, min_space=0, require_same_masks=False
-    )
+    mask = span_mask([20] * 200, 20, 1.0, 10, generators(200), no_overlap=True, min_space=0, require_same_masks=False)
     masked = mask.sum(1)
     assert set(masked.tolist()) <= {10, 19}, "one span of 10, or two that fill the row but for the position that opens"
     assert {10, 19} <= set(masked.tolist())
@@ -195,9 +194,7 @@ def test_share_of_masked_positions(prob: float) -> None:
     num_spans = prob * width / length
     expected = 1 - (1 - num_spans / (width - length)) ** length
     assert mask.mean() == pytest.approx(expected, abs=0.01)
-    dropped = span_mask(
-        [width] * 40, width, prob, length, generators(40), require_same_masks=False, mask_dropout=0.25
-    )
+    dropped = span_mask([width] * 40, width, prob, length, generators(40), require_same_masks=False, mask_dropout=0.25)
     assert dropped.mean() == pytest.approx(0.75 * mask.mean(), abs=0.002)
 
 
@@ -219,6 +216,13 @@ def test_frames_are_replaced_inside_valid_ones_only() -> None:
     assert torch.equal(masked_x[masked], mask_emb.expand(int(masked.sum()), 8))
     assert torch.equal(masked_x[~masked], x[~masked])
     assert len(set(masked.sum(1).tolist())) == 1
+
+
+def test_two_spans_are_masked_at_least() -> None:
+    x = torch.zeros(1, 400, 4)
+    config = MaskConfig(mask_prob=1e-6, mask_length=5)
+    num_masked = [int(mask_frames(x, torch.ones(4), None, config)[1].sum()) for _ in range(20)]
+    assert max(num_masked) == 10 and min(num_masked) >= 6
 
 
 def test_channels_are_zero_over_all_frames() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import cache
 
 import pytest
@@ -192,7 +193,7 @@ def test_fewer_layers_are_the_lower_ones(name: str) -> None:
     whole = encoder(source, padding_mask)
     for num_layers in range(encoder.config.num_layers + 1):
         ran: list[int] = []
-        hooks = [m.register_forward_hook(lambda *_: ran.append(1)) for m in encoder.encoder.layers]
+        hooks = [m.register_forward_hook(lambda *_, ran=ran: ran.append(1)) for m in encoder.encoder.layers]
         out = encoder(source, padding_mask, num_layers=num_layers)
         for hook in hooks:
             hook.remove()
@@ -263,14 +264,14 @@ def test_layerdrop_repeats_the_input_and_follows_torchs_seed() -> None:
         torch.manual_seed(seed)
         states = encoder(source).hidden_states
         assert len(states) == 4
-        patterns.append(tuple(a is b for a, b in zip(states, states[1:], strict=False)))
+        patterns.append(tuple(a is b for a, b in itertools.pairwise(states)))
         torch.manual_seed(seed)
         again = encoder(source).hidden_states
-        assert patterns[-1] == tuple(a is b for a, b in zip(again, again[1:], strict=False))
+        assert patterns[-1] == tuple(a is b for a, b in itertools.pairwise(again))
     assert len(set(patterns)) > 3
     encoder.eval()
     states = encoder(source).hidden_states
-    assert not any(a is b for a, b in zip(states, states[1:], strict=False))
+    assert not any(a is b for a, b in itertools.pairwise(states))
 
 
 def test_dropout_is_off_in_evaluation_and_on_in_training() -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("fairseq")
 
-import s3distill  # noqa: E402
-from s3distill.encoder.checkpoint import config_from_options, parse_checkpoint  # noqa: E402
-from s3distill.encoder.model import SpeechEncoder  # noqa: E402
-from tests.encoder import checkpoints  # noqa: E402
+import s3distill
+from s3distill.encoder.checkpoint import config_from_options, parse_checkpoint
+from s3distill.encoder.model import SpeechEncoder
+from tests.encoder import checkpoints
 
 TOLERANCE = 1e-5  # of a tensor's largest absolute value, float32
 
@@ -29,7 +29,7 @@ def utterances(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def reference(model: nn.Module, source: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """fairseq's model on one utterance [1, S]: hidden states (L+1 x [T, C]), FFN outputs (L x [T, C]), output [T, C]."""
+    """fairseq's model on one utterance [1, S]: L+1 hidden states, L FFN outputs and the output, each [T, C]."""
     entered: list[Tensor] = []
     results: list[Any] = []
     layers = model.encoder.layers
@@ -134,7 +134,9 @@ def test_a_loaded_pretrained_file_gives_fairseqs_layers(family: str, normalize: 
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("family", checkpoints.FAMILIES)
-def test_a_loaded_fine_tuned_file_gives_fairseqs_layers_and_logits(family: str, normalize: bool, tmp_path: Path) -> None:
+def test_a_loaded_fine_tuned_file_gives_fairseqs_layers_and_logits(
+    family: str, normalize: bool, tmp_path: Path
+) -> None:
     state, model = checkpoints.fine_tuned(family, normalize=normalize)
     loaded = s3distill.load(checkpoints.save(state, tmp_path / "fine_tuned.pt"))
     assert (loaded.family, loaded.normalize) == (family, normalize)
