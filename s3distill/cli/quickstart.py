@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shlex
@@ -10,33 +11,27 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import s3distill
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of the chain: its name, what it does, the command line, and the file that it must leave behind."""
-
-    name: str
-    title: str
-    command: Sequence[str]
-    product: Path
-
-
-# updates of a smoke run (`--smoke`): enough to pass through every command, not to learn anything
-SMOKE = {"teacher": 6, "stage1": 4, "stage2": 2, "finetune": 4}
+from s3distill.cli.quickstart_chain import Step, chain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="outputs/quickstart", help="folder for everything (default outputs/quickstart)")
-    parser.add_argument("--data", help="folder of wav2vec manifests (train, valid, test with .ltr and dict.ltr.txt) instead of demo speech")
-    parser.add_argument("--fresh", action="store_true", help="remove that folder first instead of going on where it stopped")
-    parser.add_argument("--smoke", action="store_true", help="one minute of speech and a few updates per step: a test of the commands")
+    parser.add_argument(
+        "--out", default="outputs/quickstart", help="folder for everything (default outputs/quickstart)"
+    )
+    parser.add_argument(
+        "--data",
+        help="folder of wav2vec manifests (train, valid, test with .ltr and dict.ltr.txt) instead of demo speech",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="remove that folder first instead of going on where it stopped"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="one minute of speech and a few updates per step: a test of the commands"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     steps = chain(out, args.smoke, args.data)
     print(_statement(args.data), flush=True)
+    key = ""
     for number, step in enumerate(steps, 1):
-        _run_step(step, f"[{number}/{len(steps)}]", out)
+        key = _run_step(step, f"[{number}/{len(steps)}]", out, key)
     start = time.monotonic()
     results = {"data": args.data or "synthetic speech (espeak-ng)", **_collect(out, steps)}
     # the steps that were done before count with the time that they took then
@@ -62,81 +58,34 @@ def _statement(data: str | None) -> str:
     return "The quickstart's speech is SYNTHETIC (espeak-ng). Its error rates say nothing about real speech."
 
 
-def chain(out: Path, smoke: bool = False, data_dir: str | None = None) -> list[Step]:
-    """The commands of the quickstart, in order; with ``data_dir`` on its manifests instead of demo speech."""
-    data = Path(data_dir) if data_dir else out / "data"
-    config = _config_dir()
-    user_dir = "s3distill" if Path("s3distill/__init__.py").is_file() else str(Path(s3distill.__file__).parent)
+def _run_step(step: Step, number: str, out: Path, before: str) -> str:
+    """Runs one command unless it has already left its product, and returns what identifies it.
 
-    def train(name: str, *overrides: str) -> list[str]:
-        few = [f"optimization.max_update={SMOKE[name]}", "common.log_interval=1", "dataset.validate_after_updates=0"] if smoke else []
-        warmup = {"stage1": 2, "stage2": 1}
-        if smoke and name in warmup:
-            few.append(f"lr_scheduler.warmup_updates={warmup[name]}")
-        command = ["fairseq-hydra-train", "--config-dir", str(config), "--config-name", name, f"common.user_dir={user_dir}"]
-        return [*command, f"hydra.run.dir={out / name}", f"task.data={data}", *overrides, *few]
-
-    def generate(name: str, checkpoint: Path) -> list[str]:
-        return [
-            *("fairseq-generate", str(data), "--user-dir", user_dir, "--task", "audio_ctc", "--labels", "ltr"),
-            *("--path", str(checkpoint), "--gen-subset", "test", "--batch-size", "16", "--post-process", "letter"),
-            *("--scoring", "s3_wer", "--results-path", str(out / f"decode_{name}")),
-        ]
-
-    def last(name: str) -> Path:
-        return out / name / "checkpoints" / "checkpoint_last.pt"
-
-    teacher, compact, student = last("teacher"), out / "compact.pt", last("finetune")
-    demo = ["s3distill", "demo-data", str(data)]
-    if smoke:
-        demo += ["--minutes", "1", "--valid-minutes", "0.2", "--test-minutes", "0.2"]
-    prepare = Step("demo-data", "synthesise demo speech", demo, data / "test.tsv")
-    if data_dir:
-        prepare = Step("check", "check the manifests", ["s3distill", "check", str(data / "train.tsv"), "--labels", "ltr"], data / "test.tsv")
-    return [
-        prepare,
-        Step("teacher", "train a small teacher with CTC", train("teacher"), teacher),
-        Step(
-            "stage1",
-            "distil and prune jointly",
-            train("stage1", f"task.teacher_path={teacher}", f"model.student_path={teacher}"),
-            last("stage1"),
-        ),
-        Step("prune", "cut what the gates closed", ["s3distill", "prune", str(last("stage1")), str(compact)], compact),
-        Step(
-            "stage2",
-            "distil the compact student",
-            train("stage2", f"task.teacher_path={teacher}", f"model.student_path={compact}"),
-            last("stage2"),
-        ),
-        Step("finetune", "fine-tune it with CTC", train("finetune", f"model.w2v_path={last('stage2')}"), student),
-        Step("decode-teacher", "decode the test set", generate("teacher", teacher), out / "decode_teacher" / "scores-test.json"),
-        Step("decode-student", "decode the test set", generate("student", student), out / "decode_student" / "scores-test.json"),
-    ]
-
-
-def _config_dir() -> Path:
-    for root in (Path.cwd(), Path(s3distill.__file__).parent.parent):
-        if (root / "config" / "quickstart" / "stage1.yaml").is_file():
-            folder = root / "config" / "quickstart"
-            return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    raise RuntimeError("config/quickstart was not found; run the quickstart from the root of a clone of the repository")
-
-
-def _run_step(step: Step, number: str, out: Path) -> None:
-    """Runs one command unless the same command has already left its product."""
+    A step is identified by its command, its recipe and the step ``before`` it, so that an edited recipe runs again, and all behind it.
+    """
     record = out / "done" / f"{step.name}.json"
     line = shlex.join(step.command)
+    recipe = step.recipe.read_text(encoding="utf-8") if step.recipe else ""
+    key = hashlib.sha256("\n".join((before, line, recipe)).encode()).hexdigest()
     print(f"\n{number} {step.title}\n    {line}", flush=True)
-    if record.is_file() and step.product.exists() and json.loads(record.read_text())["command"] == line:
+    earlier = json.loads(record.read_text()) if record.is_file() else {}
+    if earlier.get("key") == key and "seconds" in earlier and step.product.exists():
         print("    done before", flush=True)
-        return
+        return key
+    if earlier and earlier.get("key") != key:
+        print("    done before by another recipe: starting over", flush=True)
+        _remove(step.output)
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(json.dumps({"key": key, "command": line}))
     log = out / f"{step.name}.log"
     begun = time.monotonic()
     command = [*_executable(step.command[0]), *step.command[1:]]
-    with log.open("w", encoding="utf-8") as sink, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
+    with (
+        log.open("w", encoding="utf-8") as sink,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
         assert process.stdout is not None
         for text in process.stdout:
             sink.write(text)
@@ -148,9 +97,16 @@ def _run_step(step: Step, number: str, out: Path) -> None:
             f"step {step.name} failed with exit status {process.returncode} after {seconds:.0f} s; the end of {log}:\n{tail}\n"
             "Mend the cause and run the quickstart again: it goes on with this step"
         )
-    record.parent.mkdir(exist_ok=True)
-    record.write_text(json.dumps({"command": line, "seconds": round(seconds, 1)}))
+    record.write_text(json.dumps({"key": key, "command": line, "seconds": round(seconds, 1)}))
     print(f"\r    {seconds:.0f} s{'':<70}", flush=True)
+    return key
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _executable(name: str) -> list[str]:
@@ -225,10 +181,21 @@ def _finish(out: Path, results: dict[str, Any], steps: list[Step], statement: st
         "ffn": [(a.ffn_dim, b.ffn_dim) for a, b in zip(s.layers, t.layers, strict=True)],
     }
     runs = {name: out / f"{name}.log" for name in ("teacher", "stage1", "stage2", "finetune")}
-    write_report(out / "report.html", results, runs, kept_units, commands=[shlex.join(step.command) for step in steps], data_statement=statement)
+    write_report(
+        out / "report.html",
+        results,
+        runs,
+        kept_units,
+        commands=[shlex.join(step.command) for step in steps],
+        data_statement=statement,
+    )
     print(f"\n{'':<12}{'params':>12}{'MACs/s':>12}{'RTF':>10}{'WER %':>8}{'bytes':>12}")
     for name in ("teacher", "student"):
         r = results[name]
-        print(f"{name:<12}{r['params']:>12,}{r['macs_per_second'] / 1e6:>11.0f}M{r['rtf']:>10.4f}{r['wer']:>8.2f}{r['checkpoint_bytes']:>12,}")
-    print(f"\n{results['params_removed']:.1%} fewer parameters, encoder {results['speedup']:.2f}x faster on this CPU ({results['data']})")
+        print(
+            f"{name:<12}{r['params']:>12,}{r['macs_per_second'] / 1e6:>11.0f}M{r['rtf']:>10.4f}{r['wer']:>8.2f}{r['checkpoint_bytes']:>12,}"
+        )
+    print(
+        f"\n{results['params_removed']:.1%} fewer parameters, encoder {results['speedup']:.2f}x faster on this CPU ({results['data']})"
+    )
     print(f"{out / 'report.html'}\n{out / 'results.json'}")

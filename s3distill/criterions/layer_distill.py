@@ -32,7 +32,8 @@ class LayerDistillConfig(FairseqDataclass):
         default="", metadata={"help": "one weight per matched layer, e.g. '0.1,0.1,1'; empty: 1 each, summed"}
     )
     target_sparsity: float = field(
-        default=0.0, metadata={"help": "share of the reference cost (model.prune_measure) to remove; needs model.prune_units"}
+        default=0.0,
+        metadata={"help": "share of the reference cost (model.prune_measure) to remove; needs model.prune_units"},
     )
     sparsity_warmup: int = field(default=5000, metadata={"help": "updates in which the target rises linearly from 0"})
 
@@ -47,9 +48,13 @@ class LayerDistill(FairseqCriterion):
         self.weights = LossWeights(cfg.l1_weight, cfg.l2_weight, cfg.cosine_weight, str(cfg.cosine_type))
         self.layer_weights = _parse_layer_weights(cfg.layer_weights) if cfg.layer_weights else None
         if not 0 <= cfg.target_sparsity < 1:
-            raise ValueError(f"`criterion.target_sparsity` must be in [0, 1), but is {cfg.target_sparsity}; 0.75 removes 75%")
+            raise ValueError(
+                f"`criterion.target_sparsity` must be in [0, 1), but is {cfg.target_sparsity}; 0.75 removes 75%"
+            )
         if cfg.sparsity_warmup < 0:
-            raise ValueError(f"`criterion.sparsity_warmup` counts updates and must be at least 0, but is {cfg.sparsity_warmup}")
+            raise ValueError(
+                f"`criterion.sparsity_warmup` counts updates and must be at least 0, but is {cfg.sparsity_warmup}"
+            )
 
     def check_model(self, model: Any, teacher: Teacher) -> None:
         """What can be wrong between model, teacher and criterion; the task calls it before training starts.
@@ -152,5 +157,7 @@ def _parse_layer_weights(text: str) -> list[float]:
         try:
             weights.append(float(item))
         except ValueError as error:
-            raise ValueError(f"`criterion.layer_weights` must read like '0.1,0.1,1', but {item.strip()!r} is no number") from error
+            raise ValueError(
+                f"`criterion.layer_weights` must read like '0.1,0.1,1', but {item.strip()!r} is no number"
+            ) from error
     return weights

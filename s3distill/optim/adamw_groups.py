@@ -20,11 +20,15 @@ class AdamWGroupsConfig(FairseqDataclass):
 
     adam_betas: List[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"help": "AdamW's betas"})
     adam_eps: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
-    weight_decay: float = field(default=0.0, metadata={"help": "decoupled weight decay; never on gates and multipliers"})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "decoupled weight decay; never on gates and multipliers"}
+    )
     gate_lr: float = field(
         default=0.02, metadata={"help": "peak learning rate of gates; it follows the schedule of `optimization.lr`"}
     )
-    multiplier_lr: float = field(default=0.02, metadata={"help": "peak learning rate of the Lagrangian's multipliers (ascent)"})
+    multiplier_lr: float = field(
+        default=0.02, metadata={"help": "peak learning rate of the Lagrangian's multipliers (ascent)"}
+    )
     lr: List[float] = II("optimization.lr")
 
 
@@ -40,7 +44,9 @@ class AdamWGroups(FairseqOptimizer):
         super().__init__(cfg)
         peak = float(cfg.lr[0]) if len(cfg.lr) > 0 else 0.0
         if peak <= 0:
-            raise ValueError(f"`optimization.lr` must be positive, but is {list(cfg.lr)}; pass e.g. optimization.lr=[0.0002]")
+            raise ValueError(
+                f"`optimization.lr` must be positive, but is {list(cfg.lr)}; pass e.g. optimization.lr=[0.0002]"
+            )
         scales = {"main": 1.0, "gate": cfg.gate_lr / peak, "multiplier": cfg.multiplier_lr / peak}
         groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in scales}
         for parameter in params:

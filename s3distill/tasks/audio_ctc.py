@@ -45,8 +45,8 @@ class AudioCtcTask(AudioFinetuningTask):
         self.words: dict[str, list[str]] = {}  # per split, what `.wrd` says of each utterance of the dataset
 
     def load_target_dictionary(self) -> Any:
-        if self.cfg.labels:
-            read_dictionary(Path(self.cfg.target_dictionary or self.cfg.data) / f"dict.{self.cfg.labels}.txt")  # its errors are clear
+        if self.cfg.labels:  # read here first for its errors, which name line, rule and remedy
+            read_dictionary(Path(self.cfg.target_dictionary or self.cfg.data) / f"dict.{self.cfg.labels}.txt")
         return super().load_target_dictionary()
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:

@@ -98,11 +98,13 @@ class AudioDistillTask(AudioPretrainingTask):
 
         At the end of an epoch fairseq may save without a validation, so that nothing has seen the last update's weights.
         """
-        broken = [n for n, p in self._model.named_parameters() if not bool(p.isfinite().all())] if self._model is not None else []
+        parameters = self._model.named_parameters() if self._model is not None else ()
+        broken = [name for name, parameter in parameters if not bool(parameter.isfinite().all())]
         if broken:
             raise RuntimeError(
-                f"the training diverged: {', '.join(broken[:5])} ({len(broken)} parameters in all) hold NaN or infinity, so this checkpoint "
-                "is not written and the last one is untouched; lower optimization.lr, optimizer.gate_lr or optimizer.multiplier_lr"
+                f"the training diverged: {', '.join(broken[:5])} ({len(broken)} parameters in all) hold NaN or infinity, so this "
+                "checkpoint is not written and the last one is untouched; lower optimization.lr, optimizer.gate_lr or "
+                "optimizer.multiplier_lr"
             )
         return dict(super().state_dict())
 
@@ -119,11 +121,6 @@ class AudioDistillTask(AudioPretrainingTask):
         model.train()
         model.heads.fit_least_squares(features["hidden_states"], teacher_states, features["padding_mask"])
         logger.info("heads fitted by least squares on %d utterances", source.shape[0])
-
-    def get_batch_iterator(self, *args: Any, **kwargs: Any) -> Any:
-        # fairseq drops the last batch, the shortest utterances, where its size is no multiple of this option (8 by default)
-        kwargs["required_batch_size_multiple"] = 1
-        return super().get_batch_iterator(*args, **kwargs)
 
     def get_batch_iterator(self, *args: Any, **options: Any) -> Any:
         # fairseq drops the last batch, the shortest utterances, where its size is no multiple of this option (8 by default)

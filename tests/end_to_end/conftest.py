@@ -238,5 +238,3 @@ class Kit:
 @pytest.fixture(scope="session")
 def kit(commands: Server, corpus: Path, teacher: Path) -> Kit:
     return Kit(commands, corpus, teacher)
-
-

@@ -15,13 +15,12 @@ import sys
 import traceback
 from pathlib import Path
 
-TIMEOUT_S = 150  # a command that takes longer hangs
-
 import fairseq_cli.generate
 import fairseq_cli.hydra_train
 import soundfile
 import torch
 
+TIMEOUT_S = 300  # a command that takes longer hangs
 _PRELOADED = (fairseq_cli.generate, fairseq_cli.hydra_train, soundfile, torch)
 
 
@@ -47,7 +46,6 @@ def _become(argv: list[str], log: str) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdin = open(os.devnull)
         signal.alarm(TIMEOUT_S)
         script = Path(sys.executable).parent / argv[0]
         sys.argv = [str(script), *argv[1:]]

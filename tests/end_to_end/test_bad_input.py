@@ -21,7 +21,9 @@ Corpus = Path
 def error_of(command: Any) -> str:
     """The message that a failed command ends with."""
     command.wait()
-    assert command.status not in (None, 0) and command.status > 0, f"exit status {command.status}:\n{command.output[-2000:]}"
+    assert command.status not in (None, 0) and command.status > 0, (
+        f"exit status {command.status}:\n{command.output[-2000:]}"
+    )
     found = re.findall(r"^[\w.]*(?:Error|Exception): .*?(?=^\s*$|\Z)", command.output, flags=re.MULTILINE | re.DOTALL)
     assert found, f"no error in the log:\n{command.output[-2000:]}"
     return " ".join(found[-1].split())
@@ -167,7 +169,10 @@ def spoil_dictionary(data: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "parts"),
     [
-        (spoil_label_count, ["train.ltr", "a line for each of the 8 utterances", "it has 7", "write manifest and labels again"]),
+        (
+            spoil_label_count,
+            ["train.ltr", "a line for each of the 8 utterances", "it has 7", "write manifest and labels again"],
+        ),
         (spoil_symbol, ["train.ltr:4", "must be in the dictionary", "'Z' is not", "correct the line"]),
         (spoil_empty_label, ["train.ltr:4", "must not be empty", "add the transcript"]),
         (spoil_dictionary, ["dict.ltr.txt", "must be a readable file", "s3distill manifest"]),
@@ -189,7 +194,11 @@ def finetune_command(kit: Any, trained: Path, data: Path, out: Path) -> list[str
     return [
         *("fairseq-hydra-train", "--config-dir", "config/quickstart", "--config-name", "finetune"),
         *("common.user_dir=s3distill", f"hydra.run.dir={out}", f"task.data={data}"),
-        *(f"model.w2v_path={kit.last_checkpoint(trained)}", "optimization.max_update=2", "dataset.validate_after_updates=0"),
+        *(
+            f"model.w2v_path={kit.last_checkpoint(trained)}",
+            "optimization.max_update=2",
+            "dataset.validate_after_updates=0",
+        ),
     ]
 
 
@@ -200,7 +209,9 @@ def test_corrupt_teacher(kit: Any, fail: Callable[..., str], tmp_path: Path) -> 
     broken = tmp_path / "broken.pt"
     broken.write_bytes(kit.teacher.read_bytes()[:50_000])
     message = fail(f"task.teacher_path={broken}")
-    assert all(p in message for p in (str(broken), "corrupt or truncated", "50000 bytes", "copy or download it again")), message
+    assert all(
+        p in message for p in (str(broken), "corrupt or truncated", "50000 bytes", "copy or download it again")
+    ), message
 
 
 def test_no_checkpoint_at_all(fail: Callable[..., str], tmp_path: Path) -> None:
@@ -270,14 +281,23 @@ def test_last_checkpoint_that_is_corrupt(kit: Any, trained: Path, tmp_path: Path
         (["model.distill_layers='0,three'"], ["three", "'0,4,8,12' or '0:0,2:4'"]),
         (["model.distill_layers=''"], ["`model.distill_layers`", "must name", "0,4,8,12"]),
         (["++model.teacher_dim=48"], ["`model.teacher_dim`", "48", "32"]),
-        (["criterion.target_sparsity=0.999"], ["0.999 in macs cannot be reached by pruning conv, head, ffn", "lower the target"]),
+        (
+            ["criterion.target_sparsity=0.999"],
+            ["0.999 in macs cannot be reached by pruning conv, head, ffn", "lower the target"],
+        ),
         (["criterion.target_sparsity=1.5"], ["`criterion.target_sparsity` must be in [0, 1)", "1.5"]),
-        (["criterion.target_sparsity=0.5", "model.prune_units=[]"], ["`criterion.target_sparsity`", "needs gates", "model.prune_units"]),
+        (
+            ["criterion.target_sparsity=0.5", "model.prune_units=[]"],
+            ["`criterion.target_sparsity`", "needs gates", "model.prune_units"],
+        ),
         (["criterion.layer_weights='1,1'"], ["`criterion.layer_weights`", "one weight per matched layer (3)", "has 2"]),
         (["criterion.layer_weights='1,x,1'"], ["`criterion.layer_weights`", "'x'", "0.1,0.1,1"]),
         (["criterion.l1_weight=-1"], ["weights", "at least 0", "-1"]),
         (["criterion.sparsity_warmup=-5"], ["`criterion.sparsity_warmup`", "-5"]),
-        (["model.prune_units=[conv,wings]"], ["units to prune", "conv, head, ffn, attention_layer, ffn_layer", "wings"]),
+        (
+            ["model.prune_units=[conv,wings]"],
+            ["units to prune", "conv, head, ffn, attention_layer, ffn_layer", "wings"],
+        ),
         (["model.gate_init_drop=0"], ["`init_drop` must be in (0, 1)", "0.01"]),
         (["optimization.lr=[0.0]"], ["`optimization.lr` must be positive", "optimization.lr=[0.0002]"]),
         (["optimization.lr=[]"], ["`optimization.lr`"]),
@@ -293,7 +313,9 @@ def test_options(fail: Callable[..., str], overrides: list[str], parts: list[str
 
 
 def test_teacher_with_other_frames(kit: Any, fail: Callable[..., str], tmp_path: Path) -> None:
-    other = kit.write_teacher(tmp_path / "slow.pt", conv_feature_layers="[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 3")
+    other = kit.write_teacher(
+        tmp_path / "slow.pt", conv_feature_layers="[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 3"
+    )
     message = fail(f"task.teacher_path={other}")
     assert str(other) in message and "320" in message and "640" in message, message
 
@@ -354,7 +376,9 @@ def test_prune_into_a_file_as_folder(kit: Any, trained: Path, tmp_path: Path) ->
 
 def test_prune_without_audio(kit: Any, trained: Path, tmp_path: Path) -> None:
     output = tmp_path / "compact.pt"
-    command = kit.commands.run("s3distill", "prune", kit.last_checkpoint(trained), output, "--audio", tmp_path / "none.tsv")
+    command = kit.commands.run(
+        "s3distill", "prune", kit.last_checkpoint(trained), output, "--audio", tmp_path / "none.tsv"
+    )
     assert command.status == 2 and "none.tsv" in command.output.splitlines()[-1] and "--audio" in command.output
     assert not output.exists() and "Traceback" not in command.output
 

@@ -106,7 +106,9 @@ def test_each_unit_on_its_own_reaches_its_target(build: Callable[..., Training],
     run.train(30)
     # single gates of whole layers may all still round to open at the target
     assert (min(kept, sum(gates.kept_units()[unit])) if unit.endswith("_layer") else kept) < full
-    assert lagrangian.lambda1 > at_target or run.model.expected_sparsity() < target, "above the target lambda1 must rise"
+    assert lagrangian.lambda1 > at_target or run.model.expected_sparsity() < target, (
+        "above the target lambda1 must rise"
+    )
     assert lagrangian.lambda2 > lambda2, "lambda2 only grows"
 
 
@@ -120,7 +122,12 @@ def test_the_target_rises_linearly(build: Callable[..., Training]) -> None:
 
 
 def test_groups_have_learning_rates_of_their_own(build: Callable[..., Training]) -> None:
-    run = build("optimizer.gate_lr=0.3", "optimizer.multiplier_lr=0.05", "optimization.lr=[0.001]", "lr_scheduler.warmup_updates=2")
+    run = build(
+        "optimizer.gate_lr=0.3",
+        "optimizer.multiplier_lr=0.05",
+        "optimization.lr=[0.001]",
+        "lr_scheduler.warmup_updates=2",
+    )
     run.train(1)
     groups = run.trainer.optimizer.param_groups
     by_lr = {round(group["lr"] / groups[0]["lr"], 6): group for group in groups}
@@ -210,10 +217,14 @@ SHAPE = (
 def test_least_squares_heads_start_lower(build: Callable[..., Training]) -> None:
     losses = {}
     for init in ("identity", "default", "least_squares"):
-        run = build(*NO_GATES, "model.student_path=null", *SHAPE, f"model.head_init={init}", "model.head_sharing=own", *L2_ONLY)
+        run = build(
+            *NO_GATES, "model.student_path=null", *SHAPE, f"model.head_init={init}", "model.head_sharing=own", *L2_ONLY
+        )
         assert run.model.heads.linears[0].weight.shape == (32, 24)
         losses[init] = run.loss()["l2"]
-    assert losses["least_squares"] < 0.8 * losses["identity"] and losses["least_squares"] < 0.8 * losses["default"], losses
+    assert losses["least_squares"] < 0.8 * losses["identity"] and losses["least_squares"] < 0.8 * losses["default"], (
+        losses
+    )
 
 
 def test_identity_heads_start_at_nothing_from_the_teacher_itself(build: Callable[..., Training]) -> None:
@@ -229,7 +240,12 @@ def test_weights_and_kinds_of_loss(build: Callable[..., Training]) -> None:
         *NO_GATES,
         "model.student_path=null",
         *SHAPE,
-        *("criterion.l1_weight=0.5", "criterion.l2_weight=2", "criterion.cosine_weight=3", "criterion.cosine_type=log_sig"),
+        *(
+            "criterion.l1_weight=0.5",
+            "criterion.l2_weight=2",
+            "criterion.cosine_weight=3",
+            "criterion.cosine_type=log_sig",
+        ),
         "criterion.layer_weights='1,0.25,4'",
     )
     batch = run.batches[0]

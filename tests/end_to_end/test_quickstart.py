@@ -38,7 +38,9 @@ def test_it_goes_on_behind_the_last_step_that_was_done(finished: tuple[Path, str
 
 def test_every_command_is_shown(finished: tuple[Path, str]) -> None:
     _, printed = finished
-    commands = [line.split()[0] for line in printed.splitlines() if line.startswith("    ") and "common.user_dir" in line]
+    commands = [
+        line.split()[0] for line in printed.splitlines() if line.startswith("    ") and "common.user_dir" in line
+    ]
     assert commands == ["fairseq-hydra-train"] * 4
     assert len(re.findall(r"^    fairseq-generate .* --user-dir ", printed, flags=re.MULTILINE)) == 2
     assert "SYNTHETIC" in printed
@@ -87,6 +89,8 @@ def test_a_finished_run_does_nothing_again(kit: Any, finished: tuple[Path, str])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")} == checkpoints
     after = json.loads((out / "results.json").read_text())
     for name in ("teacher", "student"):
-        assert {k: v for k, v in after[name].items() if k != "rtf"} == {k: v for k, v in before[name].items() if k != "rtf"}
+        assert {k: v for k, v in after[name].items() if k != "rtf"} == {
+            k: v for k, v in before[name].items() if k != "rtf"
+        }
     assert after["seconds"] == before["seconds"]
     assert after["wall_clock_s"] >= sum(after["seconds"].values()), "the time of the chain, not of this call"

@@ -18,7 +18,12 @@ from s3distill.pruning.compact import load_gates
 MAX_UPDATE = 22
 
 # 24 utterances in batches of 4: six batches an epoch, so a checkpoint at update 5, 10, ... lies inside of an epoch
-COMMON = ("optimizer.gate_lr=1.0", "optimizer.multiplier_lr=1.0", "criterion.target_sparsity=0.5", "checkpoint.save_interval_updates=5")
+COMMON = (
+    "optimizer.gate_lr=1.0",
+    "optimizer.multiplier_lr=1.0",
+    "criterion.target_sparsity=0.5",
+    "checkpoint.save_interval_updates=5",
+)
 PADDED = (*COMMON, "dataset.validate_interval_updates=4")
 CROPPED = (
     *COMMON,
@@ -98,7 +103,9 @@ def test_killed_run_resumes_to_the_same_end(
     assert_equal_runs(state_of(kit, tmp_path), uninterrupted)
 
 
-def test_another_seed_ends_elsewhere(kit: Any, options: tuple[str, ...], uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+def test_another_seed_ends_elsewhere(
+    kit: Any, options: tuple[str, ...], uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
     kit.stage1(tmp_path, *options, "common.seed=2", max_update=MAX_UPDATE).succeeded()
     with pytest.raises(AssertionError, match="differs by"):
         assert_equal_runs(state_of(kit, tmp_path), uninterrupted)

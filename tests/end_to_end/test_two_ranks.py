@@ -47,7 +47,9 @@ def assert_same_student(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert difference.abs().max() <= 2 * 0.001 * MAX_UPDATE
         else:
             # at most, since the final LayerNorm of a pre-LN student is not matched and stays as it was
-            assert difference.norm() <= TOLERANCE * value.norm(), f"{name} deviates by {difference.norm() / value.norm():.1e}"
+            assert difference.norm() <= TOLERANCE * value.norm(), (
+                f"{name} deviates by {difference.norm() / value.norm():.1e}"
+            )
     students = [parse_checkpoint(state) for state in (ours, theirs)]
     assert load_gates(students[0], "ours").kept_counts() == load_gates(students[1], "theirs").kept_counts()
     torch.manual_seed(0)
