@@ -333,7 +333,8 @@ def _safe_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`fairseq.checkpoint_utils.load_checkpoint_to_cpu`, reading fairseq's types with ``weights_only=True``."""
 
     def load_checkpoint_to_cpu(path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> Any:
-        names = [name for name in _types_in(path) if _is_data_type(name, resolve=True)]
+        # the plain types come with their stand-ins: under two entries of one name, torch would take either
+        names = [name for name in _types_in(path) if name not in _PLAIN_TYPES and _is_data_type(name, resolve=True)]
         allowed = [*_resolvable(names), *_plain_globals()]
         try:
             with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]

@@ -24,7 +24,9 @@ MAX_SECONDS = 10  # of each utterance in the check
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="student that was trained with gates (stage 1)")
     parser.add_argument("output", help="compact checkpoint to write")
-    parser.add_argument("--audio", help="manifest (.tsv) or audio file for the check; default: the data of the run that trained it")
+    parser.add_argument(
+        "--audio", help="manifest (.tsv) or audio file for the check; default: the data of the run that trained it"
+    )
     parser.add_argument("--utterances", type=int, default=4, help="utterances of the manifest to check on (default 4)")
 
 
@@ -91,5 +93,7 @@ def _report(student: ParsedCheckpoint, compact: CompactStudent, output: str, num
     full, kept = compact.before.as_dict(), compact.after.as_dict()
     for unit in full:
         print(f"{unit:<16}" + " ".join(f"{k}/{f}" for k, f in zip(kept[unit], full[unit], strict=True)))
-    print(f"check on {num_utterances} utterances: relative error {compact.equivalence.relative_error:.1e} between gated and pruned student")
+    print(
+        f"check on {num_utterances} utterances: relative error {compact.equivalence.relative_error:.1e} between gated and pruned student"
+    )
     print(f"wrote {output}")

@@ -121,12 +121,19 @@ def parse_checkpoint(state: Mapping[str, Any], name: str = "the checkpoint") -> 
         nested = model_options["w2v_args"]
         encoder_options = nested["model"] if isinstance(nested.get("model"), Mapping) else nested
         if isinstance(nested.get("task"), Mapping):
-            task_options = {**nested["task"], "normalize": task_options.get("normalize", nested["task"].get("normalize"))}
+            task_options = {
+                **nested["task"],
+                "normalize": task_options.get("normalize", nested["task"].get("normalize")),
+            }
         elif "normalize" not in task_options:
             task_options = {**task_options, "normalize": nested.get("normalize")}
     family = _family(encoder_options, weights, name)
     encoder_state, extra_state = _split_weights(weights)
-    head_state = {k.rpartition(".")[2]: extra_state[k] for k in extra_state if k in ("w2v_encoder.proj.weight", "w2v_encoder.proj.bias")}
+    head_state = {
+        k.rpartition(".")[2]: extra_state[k]
+        for k in extra_state
+        if k in ("w2v_encoder.proj.weight", "w2v_encoder.proj.bias")
+    }
     normalize = task_options.get("normalize")
     return ParsedCheckpoint(
         family=family,

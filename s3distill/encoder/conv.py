@@ -99,10 +99,8 @@ class ConvExtractor(nn.Module):
         self.conv_layers = nn.ModuleList()
         in_channels = 1
         for i, shape in enumerate(config.conv_layers):
-            if config.extractor_mode == "layer_norm":
-                norm = "layer_norm"
-            else:
-                norm = "group_norm" if i == 0 else "none"
+            default = "group_norm" if i == 0 else "none"
+            norm = "layer_norm" if config.extractor_mode == "layer_norm" else default
             self.conv_layers.append(ConvLayer(in_channels, shape, config.conv_bias, norm))
             in_channels = shape.channels
 

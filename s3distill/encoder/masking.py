@@ -139,7 +139,9 @@ def mask_channels(x: Tensor, config: MaskConfig) -> Tensor:
     return x.masked_fill(torch.from_numpy(mask).to(x.device)[:, None, :], 0)
 
 
-def mask_frames(x: Tensor, mask_emb: Tensor, padding_mask: Tensor | None, config: MaskConfig) -> tuple[Tensor, Tensor | None]:
+def mask_frames(
+    x: Tensor, mask_emb: Tensor, padding_mask: Tensor | None, config: MaskConfig
+) -> tuple[Tensor, Tensor | None]:
     """Replaces random spans of frames by ``mask_emb`` [C].
 
     Returns:

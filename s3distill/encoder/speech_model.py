@@ -71,11 +71,17 @@ class SpeechModel(nn.Module):
             ValueError: wrong shapes, or a waveform shorter than one frame.
         """
         if waveforms.dim() != 2:
-            raise ValueError(f"`waveforms` must be [B, S], but has shape {tuple(waveforms.shape)}; use waveform[None] for one")
+            raise ValueError(
+                f"`waveforms` must be [B, S], but has shape {tuple(waveforms.shape)}; use waveform[None] for one"
+            )
         padding_mask = None
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=waveforms.device)
-            if lengths.shape != waveforms.shape[:1] or int(lengths.max()) > waveforms.shape[1] or int(lengths.min()) < 1:
+            if (
+                lengths.shape != waveforms.shape[:1]
+                or int(lengths.max()) > waveforms.shape[1]
+                or int(lengths.min()) < 1
+            ):
                 raise ValueError(
                     f"`lengths` must be [B] = [{waveforms.shape[0]}] integers from 1 to S = {waveforms.shape[1]}, but is "
                     f"{lengths.tolist()}"

@@ -44,7 +44,9 @@ class Teacher:
                 "correct model.distill_layers"
             )
 
-    def hidden_states(self, source: Tensor, padding_mask: Tensor | None, layers: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
+    def hidden_states(
+        self, source: Tensor, padding_mask: Tensor | None, layers: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Hidden states of ``layers``, as deep as the deepest of them.
 
         Args:

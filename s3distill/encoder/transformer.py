@@ -35,7 +35,9 @@ class WeightNormConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C, T]"""
-        return _same_length(F.conv1d(x, self.weight, self.bias, padding=self.kernel // 2, groups=self.groups), self.kernel)
+        return _same_length(
+            F.conv1d(x, self.weight, self.bias, padding=self.kernel // 2, groups=self.groups), self.kernel
+        )
 
 
 def _same_length(x: Tensor, kernel: int) -> Tensor:
@@ -59,7 +61,8 @@ class PositionalConv(nn.ModuleList):
             return
         kernel = max(3, config.pos_conv_kernel // depth)
         super().__init__(
-            nn.Sequential(nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=groups)) for _ in range(depth)
+            nn.Sequential(nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=groups))
+            for _ in range(depth)
         )
 
     def forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:

@@ -34,11 +34,13 @@ class SslStudentConfig(FairseqDataclass):
         },
     )
     encoder: Optional[str] = field(
-        default=None, metadata={"help": "shape as JSON; filled in when training starts, so that checkpoints rebuild alone"}
+        default=None,
+        metadata={"help": "shape as JSON; filled in when training starts, so that checkpoints rebuild alone"},
     )
     # shape from scratch, as in fairseq's wav2vec2
     extractor_mode: ChoiceEnum(list(EXTRACTOR_MODES)) = field(  # type: ignore[valid-type]
-        default="default", metadata={"help": "default: GroupNorm behind the first conv; layer_norm: LayerNorm behind every conv"}
+        default="default",
+        metadata={"help": "default: GroupNorm behind the first conv; layer_norm: LayerNorm behind every conv"},
     )
     conv_feature_layers: str = field(
         default="[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2",
@@ -64,7 +66,9 @@ class SslStudentConfig(FairseqDataclass):
     dropout_input: float = field(default=0.0, metadata={"help": "dropout in front of the Transformer"})
     encoder_layerdrop: float = field(default=0.0, metadata={"help": "probability of skipping a layer while training"})
     feature_grad_mult: float = field(default=1.0, metadata={"help": "scales the extractor's gradient; 0 freezes it"})
-    checkpoint_activations: bool = field(default=False, metadata={"help": "recompute layers in the backward pass to save memory"})
+    checkpoint_activations: bool = field(
+        default=False, metadata={"help": "recompute layers in the backward pass to save memory"}
+    )
     # SpecAugment masks
     mask_prob: float = field(default=0.0, metadata={"help": "share of frames that start inside a masked span"})
     mask_length: int = field(default=10, metadata={"help": "length of a masked span, frames"})
@@ -72,7 +76,9 @@ class SslStudentConfig(FairseqDataclass):
     mask_other: float = field(default=0, metadata={"help": "second parameter of `mask_selection`"})
     no_mask_overlap: bool = field(default=False, metadata={"help": "spans do not overlap"})
     mask_min_space: int = field(default=1, metadata={"help": "frames between spans that do not overlap"})
-    mask_channel_prob: float = field(default=0.0, metadata={"help": "share of channels that start inside a masked span"})
+    mask_channel_prob: float = field(
+        default=0.0, metadata={"help": "share of channels that start inside a masked span"}
+    )
     mask_channel_length: int = field(default=10, metadata={"help": "length of a masked span, channels"})
     mask_channel_selection: MASK_SELECTIONS = field(default="static", metadata={"help": "how span lengths are drawn"})  # type: ignore[valid-type]
     mask_channel_other: float = field(default=0, metadata={"help": "second parameter of `mask_channel_selection`"})
@@ -90,11 +96,14 @@ class SslStudentConfig(FairseqDataclass):
         },
     )
     head_mode: ChoiceEnum(list(MODES)) = field(  # type: ignore[valid-type]
-        default="layer2layer", metadata={"help": "layer2layer: each from its own student layer; predlayer: all from the last one"}
+        default="layer2layer",
+        metadata={"help": "layer2layer: each from its own student layer; predlayer: all from the last one"},
     )
     head_sharing: ChoiceEnum(list(SHARINGS)) = field(  # type: ignore[valid-type]
         default="shared",
-        metadata={"help": "of layer2layer: shared (layer 0 has its own head, the others one in common) or own (one per layer)"},
+        metadata={
+            "help": "of layer2layer: shared (layer 0 has its own head, the others one in common) or own (one per layer)"
+        },
     )
     head_init: ChoiceEnum(list(INITS)) = field(  # type: ignore[valid-type]
         default="identity",
@@ -113,7 +122,8 @@ class SslStudentConfig(FairseqDataclass):
     )
     gate_init_drop: float = field(default=0.01, metadata={"help": "probability that a gate is closed at the start"})
     reference_cost: float = field(
-        default=0.0, metadata={"help": "cost that sparsity is relative to; 0: the task's teacher's, else the student's own"}
+        default=0.0,
+        metadata={"help": "cost that sparsity is relative to; 0: the task's teacher's, else the student's own"},
     )
     normalize: bool = II("task.normalize")
     seed: int = II("common.seed")
@@ -213,7 +223,9 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         gates = None
         if self.gates is not None:
             gates = self.gates.sample(self.cfg.seed + self.num_updates) if self.training else self.gates.deterministic()
-        out = SpeechEncoder.forward(self, source, padding_mask, mask=mask, gates=gates, num_layers=self.heads.deepest_layer)
+        out = SpeechEncoder.forward(
+            self, source, padding_mask, mask=mask, gates=gates, num_layers=self.heads.deepest_layer
+        )
         expected, penalty = None, None
         if self.gates is not None:
             assert self.lagrangian is not None
@@ -236,7 +248,9 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
 
     def check_target_sparsity(self, target: float) -> None:
         """Refuses a target that closing every gate cannot reach (`ValueError`)."""
-        check_target(self.config, list(self.cfg.prune_units), target, str(self.cfg.prune_measure), self.cfg.reference_cost)
+        check_target(
+            self.config, list(self.cfg.prune_units), target, str(self.cfg.prune_measure), self.cfg.reference_cost
+        )
 
     def extract_features(
         self, source: Tensor, padding_mask: Tensor | None, mask: bool = False, layer: int | None = None, **_: Any
@@ -255,7 +269,8 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         )
         x = out.hidden_states[-1] if layer is not None else out.x
         results = [
-            (h.transpose(0, 1), None, f.transpose(0, 1)) for h, f in zip(out.hidden_states[1:], out.ffn_outputs, strict=True)
+            (h.transpose(0, 1), None, f.transpose(0, 1))
+            for h, f in zip(out.hidden_states[1:], out.ffn_outputs, strict=True)
         ]
         return {
             "x": x,

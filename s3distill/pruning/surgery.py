@@ -50,7 +50,9 @@ def cut(config: EncoderConfig, state: dict[str, Tensor], plan: PruningPlan) -> t
     return new_config, {name: value.detach().clone().contiguous() for name, value in compact.items()}
 
 
-def _cut_conv(compact: dict[str, Tensor], state: dict[str, Tensor], prefix: str, kept: Kept, incoming: Kept | None) -> None:
+def _cut_conv(
+    compact: dict[str, Tensor], state: dict[str, Tensor], prefix: str, kept: Kept, incoming: Kept | None
+) -> None:
     weight = state[prefix + "0.weight"][kept.indices]  # [C_out, C_in, K]
     if incoming is not None:
         weight = weight[:, incoming.indices] * incoming.scale[:, None]

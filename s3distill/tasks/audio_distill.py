@@ -61,13 +61,21 @@ class AudioDistillTask(AudioPretrainingTask):
             path = self.cfg.teacher_path
             if not path:
                 raise ValueError("`task.teacher_path` must name the teacher's checkpoint, but is empty")
-            teacher = Teacher(parse_checkpoint(compat.load_checkpoint(path), path), str(self.cfg.teacher_dtype), f"teacher {path}")
+            teacher = Teacher(
+                parse_checkpoint(compat.load_checkpoint(path), path), str(self.cfg.teacher_dtype), f"teacher {path}"
+            )
             if teacher.normalize != bool(self.cfg.normalize):
                 raise ValueError(
                     f"`task.normalize` must be what the teacher was trained with: {path} has normalize={teacher.normalize}, but the "
                     f"task has {bool(self.cfg.normalize)}; pass task.normalize={str(teacher.normalize).lower()}"
                 )
-            logger.info("teacher %s: %d layers, width %d, %s", path, teacher.config.num_layers, teacher.config.embed_dim, teacher.dtype)
+            logger.info(
+                "teacher %s: %d layers, width %d, %s",
+                path,
+                teacher.config.num_layers,
+                teacher.config.embed_dim,
+                teacher.dtype,
+            )
             self._teacher = teacher
         return self._teacher
 
@@ -83,7 +91,12 @@ class AudioDistillTask(AudioPretrainingTask):
                 if hasattr(model.cfg, name):
                     model_cfg[name] = getattr(model.cfg, name)
         heads = getattr(model, "heads", None)
-        if heads is not None and heads.config.init == "least_squares" and not from_checkpoint and not model.heads_loaded:
+        if (
+            heads is not None
+            and heads.config.init == "least_squares"
+            and not from_checkpoint
+            and not model.heads_loaded
+        ):
             self._fit_heads(model)
         return model
 
@@ -130,7 +143,9 @@ class AudioDistillTask(AudioPretrainingTask):
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
         options = task_cfg or self.cfg
         if options.sample_rate != SAMPLE_RATE:
-            raise ValueError(f"`task.sample_rate` must be {SAMPLE_RATE}, the rate of every teacher here, but is {options.sample_rate}")
+            raise ValueError(
+                f"`task.sample_rate` must be {SAMPLE_RATE}, the rate of every teacher here, but is {options.sample_rate}"
+            )
         root = check_split(self.cfg.data, split, None)
         dataset = SeededCropDataset(
             manifest_path=os.path.join(self.cfg.data, f"{split}.tsv"),

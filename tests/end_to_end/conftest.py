@@ -118,9 +118,8 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Runs the real commands from the root of the repository."""
     server = Server(tmp_path_factory.mktemp("logs"))
     yield server
-    assert server.process.stdin is not None
-    server.process.stdin.close()
-    server.process.wait(timeout=30)
+    server.process.kill()  # every command was waited for, so it has no children left
+    server.process.wait()
 
 
 def write_corpus(folder: Path, num_train: int = 24, num_valid: int = 4, seed: int = 1) -> Path:

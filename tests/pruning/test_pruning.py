@@ -41,7 +41,9 @@ def make_encoder(config: EncoderConfig, seed: int = 0) -> SpeechEncoder:
     encoder = SpeechEncoder(config).eval()
     with torch.no_grad():
         for parameter in encoder.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))  # affine parts too: all ones and zeros would hide mistakes
+            parameter.add_(
+                0.2 * torch.randn_like(parameter)
+            )  # affine parts too: all ones and zeros would hide mistakes
     return encoder
 
 
