@@ -281,7 +281,10 @@ def test_teacher_is_in_no_checkpoint_and_no_optimizer(build: Callable[..., Train
     run.trainer.consolidate_optimizer()  # as fairseq does in front of every save
     state = run.trainer.state_dict()
     assert set(state["model"]) == set(run.model.state_dict())
-    assert not any("teacher" in name for name in state["model"])
+    assert not weights & {id(p) for p in run.model.parameters()}
+    encoder = set(compat.load_checkpoint(run.cfg.task.teacher_path)["model"])
+    rest = {name.split(".")[0] for name in set(state["model"]) - encoder}
+    assert rest == {"heads", "gates", "lagrangian"}
     assert state["criterion"] is None and not state["task_state"]
     num_saved = sum(value.numel() for value in state["model"].values())
     assert num_saved == sum(p.numel() for p in run.model.parameters())
