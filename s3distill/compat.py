@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import enum
 import importlib
@@ -16,10 +17,11 @@ import importlib.util
 import logging
 import os
 import pickle
+import re
 import sys
 import typing
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,7 @@ _FAIRSEQ_CLASSES = {  # data types that are neither dataclasses nor enums
 # Packages whose dataclasses and enums may stand in a config; a function or any other class of them is refused.
 _CONFIG_PACKAGES = ("fairseq", "s3distill", "examples")
 # Options that some model, task, criterion or optimizer of stock fairseq hands to eval() when it is built from a checkpoint.
+_RESOLVER_CALL = re.compile(r"\$\{[^}]*:")
 _EVALUATED_OPTIONS = {
     *("conv_feature_layers", "conv_aggregator_layers", "feature_encoder_spec", "character_filters", "wer_args"),
     *("encoder_layers", "decoder_layers", "encoder_attention", "decoder_attention", "self_attention", "project_input"),
@@ -255,7 +258,9 @@ def fairseq_usable() -> bool:
     try:
         importlib.import_module("fairseq.models")
     except (ImportError, OSError, AttributeError, ValueError) as error:
-        logger.warning("fairseq is installed but does not load (%s: %s); run `s3distill doctor`", type(error).__name__, error)
+        logger.warning(
+            "fairseq is installed but does not load (%s: %s); run `s3distill doctor`", type(error).__name__, error
+        )
         return False
     return True
 
@@ -337,7 +342,7 @@ def _safe_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
         names = [name for name in _types_in(path) if name not in _PLAIN_TYPES and _is_data_type(name, resolve=True)]
         allowed = [*_resolvable(names), *_plain_globals()]
         try:
-            with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+            with torch.serialization.safe_globals(allowed), _weights_only():  # type: ignore[arg-type]
                 state = stock(path, arg_overrides, load_on_all_ranks)
         except Exception:
             _require_checkpoint(_torch_load(path, allowed), path)  # says so where the file is at fault
@@ -350,14 +355,33 @@ def _safe_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
     return load_checkpoint_to_cpu
 
 
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Stock code's `torch.load` reads weights only, whatever it asks for and whatever TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says."""
+    stock = torch.load
+    torch.load = lambda *values, **options: stock(*values, **{**options, "weights_only": True})  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load = stock
+
+
 def _refuse_code(config: Any, path: str | os.PathLike[str]) -> None:
-    """Refuses a config in which an option that stock fairseq evaluates is more than a literal (``[(512, 10, 5)] * 2``)."""
+    """Refuses a config in which an option that stock fairseq evaluates is more than a literal (``[(512, 10, 5)] * 2``).
+
+    Interpolations of omegaconf are refused there too, and calls of its resolvers (``${name:...}``) everywhere: what they become is
+    not in the file.
+    """
     from omegaconf import OmegaConf
 
     if OmegaConf.is_config(config):
         config = OmegaConf.to_container(config, resolve=False)
     if isinstance(config, argparse.Namespace) or dataclasses.is_dataclass(config):
         config = vars(config)
+    if isinstance(config, str) and _RESOLVER_CALL.search(config):
+        raise ValueError(
+            f"checkpoint {path} was refused: loading must not run code, but its config calls a resolver of omegaconf, {config[:80]!r}"
+        )
     if isinstance(config, (list, tuple)):
         for value in config:
             _refuse_code(value, path)
@@ -375,10 +399,12 @@ def _refuse_code(config: Any, path: str | os.PathLike[str]) -> None:
 def _is_literal(value: Any) -> bool:
     if not isinstance(value, str):
         return not isinstance(value, (bytes, bytearray, memoryview))
+    if "${" in value:
+        return False  # an interpolation could become anything, also inside of quotes or a comment
     try:
         tree = ast.parse(value.strip(), mode="eval")
     except SyntaxError:
-        return "${" not in value  # eval() would fail on it too; an interpolation could become anything
+        return True  # eval() would fail on it too
     except (ValueError, RecursionError, MemoryError):
         return False
     return all(isinstance(node, _LITERAL_NODES) for node in ast.walk(tree))
@@ -389,7 +415,7 @@ def _safe_broadcast(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def broadcast_object(*values: Any, **options: Any) -> Any:
         names = [*_OMEGACONF_TYPES, *_FAIRSEQ_CLASSES, "fairseq.distributed.utils._TensorPlaceholder"]
-        with torch.serialization.safe_globals([*_resolvable(names), *_plain_globals()]):  # type: ignore[arg-type]
+        with torch.serialization.safe_globals([*_resolvable(names), *_plain_globals()]), _weights_only():  # type: ignore[arg-type]
             return stock(*values, **options)
 
     return broadcast_object
@@ -424,17 +450,32 @@ def _atomic_copy(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def write_checkpoint(
-    path: str | os.PathLike[str], model_state: Mapping[str, Any], model_options: Mapping[str, Any], task_options: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    model_state: Mapping[str, Any],
+    model_options: Mapping[str, Any],
+    task_options: Mapping[str, Any],
 ) -> None:
     """Writes weights and config as a fairseq checkpoint (updates 0, no optimizer), to a temporary name that is then renamed."""
     state = {
         "args": None,
-        "cfg": {"_name": None, "model": dict(model_options), "task": dict(task_options), "criterion": None, "lr_scheduler": None},
+        "cfg": {
+            "_name": None,
+            "model": dict(model_options),
+            "task": dict(task_options),
+            "criterion": None,
+            "lr_scheduler": None,
+        },
         "model": dict(model_state),
         "criterion": None,
-        "optimizer_history": [{"criterion_name": "none", "optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": 0}],
+        "optimizer_history": [
+            {"criterion_name": "none", "optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": 0}
+        ],
         "task_state": {},
-        "extra_state": {"metrics": None, "previous_training_time": 0, "train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+        "extra_state": {
+            "metrics": None,
+            "previous_training_time": 0,
+            "train_iterator": {"epoch": 1, "iterations_in_epoch": 0},
+        },
         "last_optimizer_state": None,
     }
     target = Path(path)

@@ -78,7 +78,12 @@ def _write(path: str, state: dict[str, Any], student: ParsedCheckpoint, compact:
         "prune_units": [],
         "normalize": student.normalize,
     }
-    task = {**((state.get("cfg") or {}).get("task") or {}), "normalize": student.normalize, "teacher_path": None}
+    task = {
+        **((state.get("cfg") or {}).get("task") or {}),
+        "normalize": student.normalize,
+        "teacher_path": None,
+        "post_save_script": None,
+    }
     heads = {k: v for k, v in student.extra_state.items() if k.startswith("heads.")}
     compat.write_checkpoint(path, {**compact.state, **heads}, model, task)
 

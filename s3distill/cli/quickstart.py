@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of wav2vec manifests (train, valid, test with .ltr and dict.ltr.txt) instead of demo speech",
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="remove that folder first instead of going on where it stopped"
+        "--fresh",
+        action="store_true",
+        help="remove what an earlier run wrote there first instead of going on where it stopped",
     )
     parser.add_argument(
         "--smoke", action="store_true", help="one minute of speech and a few updates per step: a test of the commands"
@@ -36,10 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    if args.fresh and out.exists():
-        shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     steps = chain(out, args.smoke, args.data)
+    if args.fresh:  # what the chain writes, and nothing else that may lie there
+        for path in (*(step.output for step in steps), *(out / f"{step.name}.log" for step in steps), out / "done"):
+            _remove(path)
     print(_statement(args.data), flush=True)
     key = ""
     for number, step in enumerate(steps, 1):
@@ -75,21 +78,26 @@ def _run_step(step: Step, number: str, out: Path, before: str) -> str:
     if earlier and earlier.get("key") != key:
         print("    done before by another recipe: starting over", flush=True)
         _remove(step.output)
+        _remove(out / f"{step.name}.log")
+        earlier = {}
     record.parent.mkdir(exist_ok=True)
-    record.write_text(json.dumps({"key": key, "command": line}))
     log = out / f"{step.name}.log"
-    begun = time.monotonic()
+    begun = time.monotonic() - earlier.get("spent_s", 0.0)  # an interrupted attempt counts
     command = [*_executable(step.command[0]), *step.command[1:]]
-    with (
-        log.open("w", encoding="utf-8") as sink,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        ) as process,
-    ):
-        assert process.stdout is not None
-        for text in process.stdout:
-            sink.write(text)
-            _show_progress(text)
+    try:
+        with (
+            log.open("a", encoding="utf-8") as sink,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            ) as process,
+        ):
+            assert process.stdout is not None
+            for text in process.stdout:
+                sink.write(text)
+                _show_progress(text)
+    finally:
+        spent = {"key": key, "command": line, "spent_s": round(time.monotonic() - begun, 1)}
+        record.write_text(json.dumps(spent))
     seconds = time.monotonic() - begun
     if process.returncode != 0 or not step.product.exists():
         tail = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-15:])

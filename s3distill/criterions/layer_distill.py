@@ -35,7 +35,10 @@ class LayerDistillConfig(FairseqDataclass):
         default=0.0,
         metadata={"help": "share of the reference cost (model.prune_measure) to remove; needs model.prune_units"},
     )
-    sparsity_warmup: int = field(default=5000, metadata={"help": "updates in which the target rises linearly from 0"})
+    sparsity_warmup: int = field(
+        default=5000,
+        metadata={"help": "updates in which the target rises linearly from 0 (a smaller student: from its own)"},
+    )
 
 
 @register_criterion("layer_distill", dataclass=LayerDistillConfig)
@@ -77,6 +80,16 @@ class LayerDistill(FairseqCriterion):
                 f"and {teacher.name} one per {teacher.config.frame_stride}, (kernel, stride) {frames[0]} and {frames[1]}; take a student "
                 "with the teacher's convolutions"
             )
+        if max(model.masking.mask_prob, model.masking.mask_channel_prob) > 0:
+            raise ValueError(
+                "`model.mask_prob` and `model.mask_channel_prob` act in fine-tuning only: teacher and student of a distillation hear the "
+                "same audio; leave them at 0"
+            )
+        if model.gates is not None and "conv" in model.gates.units and model.training_config.feature_grad_mult <= 0:
+            raise ValueError(
+                "`model.feature_grad_mult` must be above 0 where conv channels have gates, which would learn from the size alone; raise it "
+                "or take 'conv' out of model.prune_units"
+            )
         num_pairs = len(model.heads.pairs)
         if self.layer_weights is not None and len(self.layer_weights) != num_pairs:
             raise ValueError(
@@ -93,7 +106,8 @@ class LayerDistill(FairseqCriterion):
         source, padding_mask = inputs["source"], inputs.get("padding_mask")
         target_sparsity = None
         if model.gates is not None:
-            target_sparsity = target_at(model.num_updates, self.cfg.target_sparsity, self.cfg.sparsity_warmup)
+            start = min(model.initial_sparsity, self.cfg.target_sparsity)
+            target_sparsity = target_at(model.num_updates, self.cfg.target_sparsity, self.cfg.sparsity_warmup, start)
         layers = [teacher_layer for _, teacher_layer in model.heads.pairs]
         targets, _ = self.task.teacher.hidden_states(source, padding_mask, layers)
         out = model(source, padding_mask, target_sparsity=target_sparsity)

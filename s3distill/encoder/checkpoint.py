@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from s3distill.encoder.config import EncoderConfig, parse_conv_layers, uniform_layers
+from s3distill.encoder.model import PARAMETER_PREFIXES
 
 # names of encoder models whose options are fairseq's wav2vec 2.0 options, with what differs
 FAMILIES = ("wav2vec2", "hubert", "data2vec_audio", "ssl_student")
-_ENCODER_PREFIXES = ("feature_extractor.", "layer_norm.", "post_extract_proj.", "mask_emb", "encoder.")
 
 # fairseq's defaults for options that old checkpoints do not carry
 _DEFAULTS: dict[str, Any] = {
@@ -183,7 +183,7 @@ def _split_weights(weights: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
         if not isinstance(value, Tensor):
             continue  # e.g. data2vec's "_ema", a dict of the pre-training teacher
         inner = key.removeprefix(prefix)
-        if key.startswith(prefix) and inner.startswith(_ENCODER_PREFIXES):
+        if key.startswith(prefix) and inner.startswith(PARAMETER_PREFIXES):
             encoder[inner] = value
         else:
             extra[key] = value

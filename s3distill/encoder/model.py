@@ -17,6 +17,9 @@ from s3distill.encoder.masking import mask_channels, mask_frames
 from s3distill.encoder.transformer import Transformer
 from s3distill.gates.values import GateValues
 
+# what the names of an encoder's parameters start with; everything else in a checkpoint belongs to heads and training
+PARAMETER_PREFIXES = ("feature_extractor.", "layer_norm.", "post_extract_proj.", "mask_emb", "encoder.")
+
 
 @dataclass
 class EncoderOutput:
@@ -136,6 +139,12 @@ class SpeechEncoder(nn.Module):
         own = {name: p for name, p in self.state_dict().items() if name in dict(SpeechEncoder.named_parameters(self))}
         own = {name: p for name, p in own.items() if not name.startswith(("heads.", "gates.", "lagrangian."))}
         missing = sorted(set(own) - set(state))
+        unexpected = sorted(n for n in state if n not in own and n.startswith(PARAMETER_PREFIXES))
+        if unexpected:
+            raise ValueError(
+                f"{source} has encoder parameters that this encoder has not, {unexpected[:5]} ({len(unexpected)} in all): it is of "
+                "another architecture, and leaving them out would compute something else"
+            )
         wrong = [
             f"{name}: {tuple(state[name].shape)} instead of {tuple(p.shape)}"
             for name, p in own.items()

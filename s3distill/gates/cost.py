@@ -202,7 +202,8 @@ def check_target(
         target: fraction of the cost to remove, in [0, 1).
         measure, reference: as in `sparsity`.
     Raises:
-        ValueError: ``target`` is out of range, or above what ``units`` can remove; the message names that limit.
+        ValueError: ``target`` is out of range, above what ``units`` can remove, or below what is missing with every gate open; the
+            message names that limit.
     """
     if not 0 <= target < 1:
         raise ValueError(f"the target sparsity must be in [0, 1), but is {target}; 0.75 removes three quarters")
@@ -213,4 +214,11 @@ def check_target(
             f"a target sparsity of {target:g} in {measure} cannot be reached by pruning {', '.join(units)}: with every "
             f"one of their gates closed it is {math.floor(limit * 1000) / 1000:.3f}; lower the target or add units of "
             f"{', '.join(UNITS)}"
+        )
+    least = float(sparsity(config, GateCounts.full(config), measure, reference))
+    if target < least:
+        # rounded up, for the same reason
+        raise ValueError(
+            f"a target sparsity of {target:g} in {measure} cannot be reached: with every gate open it is already "
+            f"{math.ceil(least * 1000) / 1000:.3f}, since the student is smaller than what sparsity refers to; raise the target"
         )

@@ -28,17 +28,18 @@ def reverse_gradient(x: Tensor) -> Tensor:
     return _ReverseGradient.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def target_at(step: int, target: float, warmup: int) -> float:
-    """Target sparsity at an update: linear from 0 at ``step`` 0 to ``target`` at ``step`` = ``warmup``, then constant.
+def target_at(step: int, target: float, warmup: int, start: float = 0.0) -> float:
+    """Target sparsity at an update: linear from ``start`` at ``step`` 0 to ``target`` at ``step`` = ``warmup``, then constant.
 
     Args:
         step: updates done.
         target: final sparsity, in [0, 1).
         warmup: updates; 0 = no warm-up.
+        start: sparsity with every gate open; above 0 for a student that is smaller than what sparsity refers to.
     """
     if step < 0 or warmup < 0:
         raise ValueError(f"`step` and `warmup` count updates and must be at least 0, but are {step} and {warmup}")
-    return target if step >= warmup else target * step / warmup
+    return target if step >= warmup else start + (target - start) * step / warmup
 
 
 class Lagrangian(Float32Module):

@@ -14,7 +14,7 @@ from s3distill import compat
 from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options, parse_checkpoint
 from s3distill.encoder.config import ACTIVATIONS, EXTRACTOR_MODES, EncoderConfig, MaskConfig, TrainingConfig
 from s3distill.encoder.model import SpeechEncoder
-from s3distill.gates import MEASURES, UNITS, GateSet, Lagrangian, check_target, count_cost, sparsity
+from s3distill.gates import MEASURES, UNITS, GateCounts, GateSet, Lagrangian, check_target, count_cost, sparsity
 from s3distill.heads import INITS, MODES, SHARINGS, HeadsConfig, LayerHeads, parse_pairs
 
 logger = logging.getLogger(__name__)
@@ -168,10 +168,11 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         config = replace(config, group_norm_over_padding=bool(cfg.group_norm_over_padding))
         cfg.encoder = config.to_json()
         cfg.encoder_embed_dim = config.embed_dim
-        teacher = getattr(task, "teacher", None) if (cfg.distill_layers and not cfg.teacher_dim) else None
-        if teacher is not None:
+        needs_teacher = (cfg.distill_layers and not cfg.teacher_dim) or (cfg.prune_units and not cfg.reference_cost)
+        teacher = getattr(task, "teacher", None) if needs_teacher else None
+        if teacher is not None and cfg.distill_layers:
             teacher.check_layers([t for _, t in parse_pairs(cfg.distill_layers)])
-            cfg.teacher_dim = teacher.config.embed_dim
+            cfg.teacher_dim = cfg.teacher_dim or teacher.config.embed_dim
         elif cfg.distill_layers and not cfg.teacher_dim:
             cfg.teacher_dim = config.embed_dim
         if cfg.prune_units and not cfg.reference_cost:
@@ -197,9 +198,17 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         if self.heads is None:
             return
         found = {k.removeprefix("heads."): v for k, v in start.extra_state.items() if k.startswith("heads.")}
-        self.heads_loaded = self.heads.load_matching(found)
-        init = "come along" if self.heads_loaded else f"start from {self.heads.config.init}"
-        logger.info("student starts from %s, its heads %s", path, init)
+        options = ("distill_layers", "head_mode", "head_sharing")
+        differing = [o for o in options if str(start.pretraining_options.get(o)) != str(getattr(self.cfg, o))]
+        self.heads_loaded = not differing and self.heads.load_matching(found)
+        if found and not self.heads_loaded:
+            logger.warning(
+                "heads of %s are left out (%s differ); they start from %s",
+                path,
+                differing or "shapes",
+                self.heads.config.init,
+            )
+        logger.info("student starts from %s%s", path, ", heads included" if self.heads_loaded else "")
 
     def forward(
         self,
@@ -245,6 +254,13 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         assert self.gates is not None
         counts = self.gates.expected_counts()
         return sparsity(self.config, counts, str(self.cfg.prune_measure), self.cfg.reference_cost)  # type: ignore[return-value]
+
+    @property
+    def initial_sparsity(self) -> float:
+        """Sparsity with every gate open: 0, or more where the student is smaller than what sparsity refers to."""
+        return float(
+            sparsity(self.config, GateCounts.full(self.config), str(self.cfg.prune_measure), self.cfg.reference_cost)
+        )
 
     def check_target_sparsity(self, target: float) -> None:
         """Refuses a target that closing every gate cannot reach (`ValueError`)."""

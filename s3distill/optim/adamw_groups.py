@@ -78,7 +78,14 @@ class AdamWGroups(FairseqOptimizer):
 
     @property
     def supports_memory_efficient_fp16(self) -> bool:
-        return True
+        return False  # torch would keep the second moments of half parameters in half, where they underflow
+
+    def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
+        """Takes moments and steps from the checkpoint, but every option from the command line, so that a resumed run can change them."""
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        super().load_state_dict(state_dict, optimizer_overrides)
+        for group, own in zip(self.param_groups, options, strict=True):
+            group.update({k: own[k] for k in ("lr_scale", "weight_decay", "betas", "eps") if k in own})
 
     def get_lr(self) -> float:
         group = self.param_groups[0]

@@ -9,7 +9,7 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_pretraining import AudioPretrainingConfig, AudioPretrainingTask
-from omegaconf import open_dict
+from omegaconf import II, open_dict
 
 from s3distill import compat
 from s3distill.encoder.checkpoint import parse_checkpoint
@@ -32,6 +32,7 @@ class AudioDistillConfig(AudioPretrainingConfig):
     teacher_dtype: ChoiceEnum(list(DTYPES)) = field(  # type: ignore[valid-type]
         default="float32", metadata={"help": "precision that the teacher runs in"}
     )
+    train_subset: str = II("dataset.train_subset")
 
 
 @register_task("audio_distill", dataclass=AudioDistillConfig)
@@ -122,9 +123,10 @@ class AudioDistillTask(AudioPretrainingTask):
         return dict(super().state_dict())
 
     def _fit_heads(self, model: Any) -> None:
-        """Fits linear heads on the first utterances of train.tsv; here, in front of the optimizer's fp32 copies, and alike on all ranks."""
-        self.load_dataset("train")
-        dataset = self.datasets["train"]
+        """Fits linear heads on the first training utterances; here, in front of the optimizer's fp32 copies, and alike on all ranks."""
+        split = self.cfg.train_subset.split(",")[0]
+        self.load_dataset(split)
+        dataset = self.datasets[split]
         inputs = dataset.collater([dataset[i] for i in range(min(len(dataset), NUM_FIT_UTTERANCES))])["net_input"]
         source, padding_mask = inputs["source"], inputs.get("padding_mask")
         pairs = model.heads.config.pairs

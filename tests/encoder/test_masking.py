@@ -65,7 +65,7 @@ def test_masks_are_fairseqs(
         np.testing.assert_array_equal(ours(sizes, 200, 0.65, 10, seed, **options), theirs)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(
     sizes=SIZES,
     prob=st.floats(0.05, 1.0),
@@ -91,7 +91,7 @@ def test_masks_are_fairseqs_wherever_fairseq_has_one(
 
 
 @pytest.mark.parametrize("no_overlap", [False, True])
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     prob=st.floats(0.01, 1.0),

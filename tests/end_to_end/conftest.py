@@ -63,7 +63,7 @@ class Command:
             self.status = self.server.ask({"wait": self.pid})["status"]
         return self
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 100) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 250) -> None:
         """Waits until something has happened while the command runs."""
         end = time.monotonic() + timeout_s
         while not condition():

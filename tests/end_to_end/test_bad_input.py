@@ -283,7 +283,7 @@ def test_last_checkpoint_that_is_corrupt(kit: Any, trained: Path, tmp_path: Path
         (["++model.teacher_dim=48"], ["`model.teacher_dim`", "48", "32"]),
         (
             ["criterion.target_sparsity=0.999"],
-            ["0.999 in macs cannot be reached by pruning conv, head, ffn", "lower the target"],
+            ["0.999 in params cannot be reached by pruning conv, head, ffn", "lower the target"],
         ),
         (["criterion.target_sparsity=1.5"], ["`criterion.target_sparsity` must be in [0, 1)", "1.5"]),
         (

@@ -22,7 +22,7 @@ def finished(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     pytest.importorskip("espeakng_loader")
     out = tmp_path_factory.mktemp("quick start")  # a folder with a space
     first = kit.commands.start("s3distill", "quickstart", "--smoke", "--out", out)
-    first.wait_until((out / "done" / "teacher.json").exists)
+    first.wait_until((out / "done" / "stage1.json").exists)  # written when the step begins
     first.kill()
     assert not (out / "results.json").exists() and not (out / "report.html").exists()
     second = kit.commands.run("s3distill", "quickstart", "--smoke", "--out", out).succeeded()

@@ -222,7 +222,11 @@ def test_targets() -> None:
     with pytest.raises(ValueError, match=message):
         check_target(BASE, ["head"], 0.75)
     check_target(BASE, ["head"], 0.300)
-    check_target(BASE, ["head"], 0.75, reference=1e9)
+    check_target(BASE, ["head"], 0.92, reference=1e9)
+    with pytest.raises(
+        ValueError, match=r"0\.75 in params cannot be reached: with every gate open it is already 0\.906"
+    ):
+        check_target(BASE, ["head"], 0.75, reference=1e9)
     for target in (1.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"must be in \[0, 1\), but is"):
             check_target(BASE, ["head"], target)

@@ -64,6 +64,7 @@ def test_target_rises_linearly(step: int, warmup: int, target: float) -> None:
 
 def test_target_examples_and_errors() -> None:
     assert [target_at(s, 0.8, 4) for s in range(6)] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 0.8])
+    assert [target_at(s, 0.8, 4, start=0.4) for s in range(6)] == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8, 0.8])
     assert target_at(0, 0.8, 0) == 0.8
     with pytest.raises(ValueError, match="count updates and must be at least 0, but are -1 and 3"):
         target_at(-1, 0.5, 3)
