@@ -295,6 +295,51 @@ def test_other_ways_to_be_more_than_a_literal(value: Any, state: dict, tmp_path:
         LOADERS["stock"](path)
 
 
+@pytest.mark.parametrize(
+    ("layers", "evil"),
+    [
+        ('"${common.evil}"', "\"+str(open('ran', 'w'))+\""),
+        ("[(512,10,5) #${common.evil}\n]", "\n,open('ran', 'w')"),
+    ],
+)
+def test_an_interpolation_cannot_carry_code_past_the_check(
+    layers: str, evil: str, state: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quotes and comments make a literal of the unresolved text; what omegaconf makes of it is code."""
+    monkeypatch.chdir(tmp_path)
+    infected = {**state, "cfg": copy.deepcopy(state["cfg"])}
+    infected["cfg"]["common"] = {**infected["cfg"].get("common", {}), "evil": evil}
+    infected["cfg"]["model"]["conv_feature_layers"] = layers
+    path = checkpoints.save(infected, tmp_path / "evil.pt")
+    for name in ("stock", "ensemble"):
+        with pytest.raises(ValueError, match="evaluates its option `conv_feature_layers`"):
+            LOADERS[name](path)
+    assert not ran().exists()
+
+
+def test_a_resolver_is_not_called(state: dict, tmp_path: Path) -> None:
+    infected = {**state, "cfg": copy.deepcopy(state["cfg"])}
+    infected["cfg"]["model"] = "${oc.create:${oc.decode:'{_name: wav2vec2, conv_feature_layers: x}'}}"
+    path = checkpoints.save(infected, tmp_path / "evil.pt")
+    for name in ("stock", "ensemble"):
+        with pytest.raises(ValueError, match=r"was refused: .* calls a resolver of omegaconf"):
+            LOADERS[name](path)
+
+
+@both_formats
+@pytest.mark.parametrize("name", ["stock", "ensemble"])
+def test_the_environment_cannot_switch_the_protection_off(
+    name: str, as_zip: bool, state: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is what many set for fairseq on torch >= 2.6."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path = checkpoints.save({**state, "extra": Calls(os.system, "touch ran")}, tmp_path / "evil.pt", as_zip)
+    with pytest.raises(ValueError, match="was refused: loading must not run code"):
+        LOADERS[name](path)
+    assert not ran().exists()
+
+
 def test_literals_stay_as_they_are(state: dict, tmp_path: Path) -> None:
     changed = {**state, "cfg": copy.deepcopy(state["cfg"])}
     values = {

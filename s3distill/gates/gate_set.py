@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from s3distill.encoder.config import EncoderConfig
 from s3distill.gates.counts import UNITS, Count, GateCounts, check_units, prunable_sizes, structure_sizes
-from s3distill.gates.hard_concrete import HardConcrete, draw_noise, num_open
+from s3distill.gates.hard_concrete import HardConcrete, deterministic_gates, draw_noise, num_open
 from s3distill.gates.values import GateValues
 
 __all__ = ["MIN_OPEN", "UNITS", "GateSet"]
 
 MIN_OPEN = {"conv": 1, "head": 0, "ffn": 0, "attention_layer": 0, "ffn_layer": 0}
 """A conv layer always keeps one channel: without any, no signal would reach the layers behind it."""
+
+_POOLED = ("attention_layer", "ffn_layer")
+"""Units with one gate per layer: their expected number is rounded over all layers, since each on its own would round to open."""
 
 _VALUES_FIELD = {
     "conv": "conv",
@@ -103,7 +106,18 @@ class GateSet(nn.Module):
             RuntimeError: a gate location is NaN or infinite.
         """
         self._check_finite()
-        return self._values({(u, i): gate.deterministic(MIN_OPEN[u]) for u, i, gate in self.all_gates()})
+        values = {(u, i): gate.deterministic(MIN_OPEN[u]) for u, i, gate in self.all_gates() if u not in _POOLED}
+        return self._values(values | self._pooled_values())
+
+    def _pooled_values(self) -> dict[tuple[str, int], Tensor]:
+        """Evaluation gates of the units with one gate per layer, rounded over all layers; each [1]."""
+        values = {}
+        for unit in _POOLED:
+            gates = self.gates(unit)
+            if gates:
+                pooled = deterministic_gates(torch.cat([gate.log_alpha for gate in gates.values()]), MIN_OPEN[unit])
+                values |= {(unit, layer): value for layer, value in zip(gates, pooled.split(1), strict=True)}
+        return values
 
     def expected_counts(self) -> GateCounts:
         """Expected open structures, float64 and differentiable; ungated structures count as they are.
@@ -124,8 +138,9 @@ class GateSet(nn.Module):
         """
         self._check_finite()
         kept = {unit: list(sizes) for unit, sizes in structure_sizes(self.config).items()}
-        open_now = torch.stack([num_open(gate.log_alpha, MIN_OPEN[unit]) for unit, _, gate in self.all_gates()])
-        for (unit, layer, _), count in zip(self.all_gates(), open_now.tolist(), strict=True):
+        counted = {(u, i): num_open(g.log_alpha, MIN_OPEN[u]) for u, i, g in self.all_gates() if u not in _POOLED}
+        counted |= {key: (value[0] > 0).double() for key, value in self._pooled_values().items()}
+        for (unit, layer), count in zip(counted, torch.stack(list(counted.values())).tolist(), strict=True):
             kept[unit][layer] = int(count)
         for inner, sub_layer in (("head", "attention_layer"), ("ffn", "ffn_layer")):
             kept[inner] = [count * there for count, there in zip(kept[inner], kept[sub_layer], strict=True)]

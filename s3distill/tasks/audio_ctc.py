@@ -119,8 +119,9 @@ class AudioCtcTask(AudioFinetuningTask):
         longest = max((int(size) for size in getattr(_audio(dataset), "sizes", ())), default=0)
         if max_tokens is not None and longest > max_tokens:
             raise ValueError(
-                f"a batch must hold the longest utterance, {longest} samples, but --max-tokens (dataset.max_tokens in training) is {max_tokens} (without one, "
-                "fairseq-generate takes 12000, meant for text); pass --batch-size, or more --max-tokens (samples per batch)"
+                f"a batch must hold the longest utterance, {longest} samples, but --max-tokens is {max_tokens} (without one, "
+                "fairseq-generate takes 12000, meant for text); pass --batch-size, or more --max-tokens (samples per batch; in training "
+                "dataset.batch_size and dataset.max_tokens)"
             )
         # fairseq drops the last batch, the shortest utterances, where its size is no multiple of this option (8 by default)
         kwargs["required_batch_size_multiple"] = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, LayerConfig, parse_conv_layers, uniform_layers
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.gates import UNITS, GateCounts, GateSet, GateValues, count_parameters, sparsity
+from s3distill.gates.hard_concrete import STRETCH, TEMPERATURE
 
 CONV = (ConvLayerConfig(6, 10, 5), ConvLayerConfig(8, 3, 2))
 LAYERS = (
@@ -207,3 +209,21 @@ def test_diverged_gates_are_named() -> None:
     for call in (gates.deterministic, gates.kept_units):
         with pytest.raises(RuntimeError, match=r"the gates head.1 hold NaN"):
             call()
+
+
+def test_whole_layers_close_as_many_as_are_expected_to() -> None:
+    """Four layers with P(open) = 0.6 each: rounded one by one all would stay, together two of them go (4 - 2.4 = 1.6)."""
+    config = EncoderConfig(
+        conv_layers=parse_conv_layers("[(8, 10, 5)]"),
+        embed_dim=16,
+        layers=uniform_layers(4, 2, 8, 16),
+        pos_conv_groups=4,
+    )
+    gates = GateSet(config, ["ffn_layer"])
+    location = math.log(0.6 / 0.4) + TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
+    with torch.no_grad():
+        for layer, gate in gates.gates("ffn_layer").items():
+            gate.log_alpha.fill_(location + 1e-3 * layer)
+    values = gates.deterministic().ffn_layers
+    assert [float(value) > 0 for value in values if value is not None] == [False, False, True, True]
+    assert gates.kept_counts().ffn_layers == (0, 0, 1, 1)
