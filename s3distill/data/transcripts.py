@@ -62,12 +62,13 @@ def find_transcripts(audio_paths: Sequence[Path], root: Path) -> dict[Path, str]
         ``metadata.csv`` in the folder of the audio or above it up to ``root``: ``name|text`` or ``name|text|normalised
         text`` lines (LJSpeech; the last column counts), or comma-separated with a header that names a file column
         (file_name, file, path, audio, id) and a text column (transcription, transcript, sentence, text).
-        A name there is the file's, with or without its ending and folders.
+        A name there is the file's, with or without its ending, and without its folders where no other file has the same name.
 
     Raises:
         ValueError: a transcript file that cannot be read as one (names file and line).
     """
     found = {}
+    same_name = collections.Counter(path.stem for path in audio_paths)
     libri = functools.cache(_read_librispeech)
     tables = functools.cache(_read_metadata)
     for path in audio_paths:
@@ -77,7 +78,9 @@ def find_transcripts(audio_paths: Sequence[Path], root: Path) -> dict[Path, str]
         while text is None:
             relative = path.relative_to(folder)
             table = tables(folder)
-            keys = (relative.as_posix(), relative.with_suffix("").as_posix(), path.name, path.stem)
+            keys = [relative.as_posix(), relative.with_suffix("").as_posix()]
+            if same_name[path.stem] == 1:  # a bare name says which file only where no other folder has the same
+                keys += [path.name, path.stem]
             text = next((table[key] for key in keys if key in table), None)
             if folder == root or folder == folder.parent:
                 break
@@ -111,7 +114,7 @@ def _read_metadata(folder: Path) -> dict[str, str]:
     path = folder / "metadata.csv"
     if not path.is_file():
         return {}
-    lines = _read_text(path).splitlines()
+    lines = [line.rstrip("\r") for line in _read_text(path).split("\n")]  # splitlines() would also split at U+2028
     header = [column.strip().lower() for column in lines[0].split(",")] if lines else []
     audio_column = next((column for column in _AUDIO_COLUMNS if column in header), None)
     text_column = next((column for column in _TEXT_COLUMNS if column in header), None)
@@ -121,8 +124,10 @@ def _read_metadata(folder: Path) -> dict[str, str]:
         return {row[audio]: row[text] for row in rows if len(row) > max(audio, text)}
     texts = {}
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         fields = line.split("|")
-        if line.strip() and len(fields) < 2:
+        if len(fields) < 2:
             raise ValueError(
                 f"{path}:{number}: a line must be `name|text` or `name|text|normalised text`, or line 1 a header with "
                 f"file_name and transcription, but it is {line!r}; correct the line"

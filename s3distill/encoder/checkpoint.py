@@ -106,8 +106,17 @@ def parse_checkpoint(state: Mapping[str, Any], name: str = "the checkpoint") -> 
         state: plain containers and tensors (see `s3distill.compat.load_checkpoint`).
         name: what messages call the file.
     Raises:
-        ValueError: it is not a checkpoint, or not of a supported model.
+        ValueError: it is not a checkpoint, not of a supported model, or its config is damaged.
     """
+    try:
+        return _parse(state, name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{name} has a config that cannot be read ({type(error).__name__}: {error}); it must be what fairseq or s3distill wrote"
+        ) from error
+
+
+def _parse(state: Mapping[str, Any], name: str) -> ParsedCheckpoint:
     weights = state.get("model")
     if not isinstance(weights, Mapping) or not weights:
         raise ValueError(
@@ -140,7 +149,7 @@ def parse_checkpoint(state: Mapping[str, Any], name: str = "the checkpoint") -> 
         config=config_from_options(encoder_options, family),
         encoder_state=encoder_state,
         normalize=bool(encoder_options.get("normalize", False) if normalize is None else normalize),
-        head_state=head_state or None,
+        head_state=head_state if {"weight", "bias"} <= set(head_state) else None,
         extra_state={k: v for k, v in extra_state.items() if not k.startswith("w2v_encoder.proj.")},
         symbols=_symbols(state),
         model_name=model_name,

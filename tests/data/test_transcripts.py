@@ -104,3 +104,17 @@ def test_a_transcript_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"a\.txt: a transcript must be UTF-8 text, but byte 3 is not; convert it"):
         find_transcripts([path], tmp_path)
+
+
+def test_a_bare_name_that_fits_several_files_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text("1|ONE TEXT\nb/2|NAMED BY FOLDER\n3|ANOTHER\n", encoding="utf-8")
+    paths = [tmp_path / name for name in ("a/1.wav", "b/1.wav", "b/2.wav", "b/3.wav")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+    found = find_transcripts(paths, tmp_path)
+    assert found == {paths[2]: "NAMED BY FOLDER", paths[3]: "ANOTHER"}
+
+
+def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text("1|ONE\u2028TEXT\n", encoding="utf-8")
+    assert find_transcripts([tmp_path / "1.wav"], tmp_path) == {tmp_path / "1.wav": "ONE\u2028TEXT"}
