@@ -111,7 +111,7 @@ class GateSet(nn.Module):
 
     def _pooled_values(self) -> dict[tuple[str, int], Tensor]:
         """Evaluation gates of the units with one gate per layer, rounded over all layers; each [1]."""
-        values = {}
+        values: dict[tuple[str, int], Tensor] = {}
         for unit in _POOLED:
             gates = self.gates(unit)
             if gates:
