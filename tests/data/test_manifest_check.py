@@ -165,8 +165,8 @@ def test_audio_fault(corpus, kind):
 
 def test_only_some_headers_are_probed(corpus):
     break_audio(corpus.parent, "rate")
-    validate_for_training(corpus, probe_audio=1)
-    validate_for_training(corpus, probe_audio=0)
+    for probes in (1, 0):  # the file with the wrong rate is the second
+        assert len(validate_for_training(corpus, probe_audio=probes).entries) > 1
 
 
 def test_too_short(corpus):
