@@ -81,6 +81,7 @@ def _run_step(step: Step, number: str, out: Path, before: str) -> str:
         _remove(out / f"{step.name}.log")
         earlier = {}
     record.parent.mkdir(exist_ok=True)
+    record.write_text(json.dumps({"key": key, "command": line, "spent_s": earlier.get("spent_s", 0.0)}))
     log = out / f"{step.name}.log"
     begun = time.monotonic() - earlier.get("spent_s", 0.0)  # an interrupted attempt counts
     command = [*_executable(step.command[0]), *step.command[1:]]

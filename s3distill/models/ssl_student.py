@@ -208,7 +208,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
                 differing or "shapes",
                 self.heads.config.init,
             )
-        logger.info("student starts from %s%s", path, ", heads included" if self.heads_loaded else "")
+        logger.info("student starts from %s%s", path, ", its heads come along" if self.heads_loaded else "")
 
     def forward(
         self,
