@@ -34,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import s3distill
 from s3distill import compat
+from s3distill.compat import loading, repairs
 from s3distill.encoder.checkpoint import parse_checkpoint
 from tests.encoder import checkpoints
 
@@ -496,7 +497,7 @@ def test_a_written_checkpoint_reads_back_everywhere(tmp_path: Path) -> None:
         state = LOADERS[name](path)
         assert state["model"]["weight"].tolist() == [3.0, 3.0]
         assert state["cfg"]["model"]["_name"] == "ssl_student" and state["cfg"]["task"]["_name"] == "audio_distill"
-    assert not compat._types_in(path), "it needs nothing beyond torch's own types"
+    assert not loading._types_in(path), "it needs nothing beyond torch's own types"
 
 
 @pytest.mark.parametrize("broken", ["torch.save", "os.replace"])
@@ -529,7 +530,7 @@ def test_fairseqs_copy_replaces_files_whole(tmp_path: Path) -> None:
         Path(dst).write_text("new")
         return True
 
-    assert compat._atomic_copy(watching)(str(source), str(target), overwrite=True)
+    assert repairs._atomic_copy(watching)(str(source), str(target), overwrite=True)
     assert seen == ["old"], "the target must stay whole while the copy is written"
     assert target.read_text() == "new"
 
@@ -538,8 +539,8 @@ def test_fairseqs_copy_replaces_files_whole(tmp_path: Path) -> None:
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        compat._atomic_copy(failing)(str(source), str(target), overwrite=True)
-    assert not compat._atomic_copy(lambda *_, **__: False)(str(source), str(target), overwrite=True)
+        repairs._atomic_copy(failing)(str(source), str(target), overwrite=True)
+    assert not repairs._atomic_copy(lambda *_, **__: False)(str(source), str(target), overwrite=True)
     assert target.read_text() == "new" and sorted(tmp_path.iterdir()) == [source, target]
 
 
@@ -578,9 +579,9 @@ def test_configs_reach_other_ranks() -> None:
 
     with pytest.raises(pickle.UnpicklingError):
         receive()
-    received = compat._safe_broadcast(receive)()
+    received = repairs._safe_broadcast(receive)()
     assert received["cfg"].a == 1 and received["dictionary"] == sent["dictionary"]
-    assert distributed_utils.broadcast_object.__module__ == "s3distill.compat"
+    assert distributed_utils.broadcast_object.__module__ == "s3distill.compat.repairs"
 
 
 REGISTERED = """
@@ -642,7 +643,7 @@ def test_all_names_register_whatever_was_imported_first(order: str, registered: 
     assert {"audio_distill", "audio_ctc"} <= set(found["tasks"])
     assert "layer_distill" in found["criterions"]
     assert "adamw_groups" in found["optimizers"]
-    assert found["safe"] == "s3distill.compat"
+    assert found["safe"] == "s3distill.compat.repairs"
     assert found["level"] != 10, "the root logger was left at DEBUG"
 
 

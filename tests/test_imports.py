@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "tools": {"core", "tools", "compat"},
     "shell": {"core", "tools", "compat", "shell"},
     "cli": {"core", "tools", "compat", "shell", "root", "cli"},
-    "compat": set(),
+    "compat": {"compat"},
     "root": {"core", "compat"},
 }
 FAIRSEQ = ("fairseq", "fairseq_cli", "hydra", "omegaconf")

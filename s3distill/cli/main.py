@@ -14,6 +14,7 @@ COMMANDS = {
     "demo-data": ("s3distill.cli.demo_data", "synthesise a small speech corpus with espeak-ng"),
     "manifest": ("s3distill.cli.manifest", "write wav2vec manifests for a folder of audio"),
     "check": ("s3distill.cli.check", "validate a manifest with its audio, labels and dictionary"),
+    "train": ("s3distill.cli.train", "fairseq-hydra-train, with devices, paths, options and manifests checked first"),
     "prune": ("s3distill.cli.prune", "cut the closed gates out of a trained student"),
     "inspect": ("s3distill.cli.inspect", "parameters, MACs, shapes and speed of a checkpoint"),
     "quickstart": ("s3distill.cli.quickstart", "the whole chain on demo speech, with a report"),
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if argv and argv[0] == name:
             importlib.import_module(module_name).add_arguments(subparser)
-    args = parser.parse_args(argv)
+    args = _parse(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     command = importlib.import_module(COMMANDS[args.command][0])
     try:
@@ -37,6 +38,16 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"s3distill {args.command}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """argparse would take ``--config-dir`` of `s3distill train --config-dir ...` for an option of its own."""
+    command = argv[0] if argv else ""
+    if command in COMMANDS and not {"-h", "--help"} & set(argv[1:2]):
+        module = importlib.import_module(COMMANDS[command][0])
+        if getattr(module, "TAKES_ANY_ARGUMENTS", False):
+            return argparse.Namespace(command=command, arguments=argv[1:])
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

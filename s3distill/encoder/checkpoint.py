@@ -46,7 +46,9 @@ class ParsedCheckpoint:
         head_state: ``weight`` [V, C] and ``bias`` [V] of the CTC head, or None.
         extra_state: every other parameter of the model (pre-training heads, gates, ...).
         symbols: dictionary of the CTC head, index = position, or None.
+        scores: scores of S3-Router's masks by module, named as below ``w2v_encoder``; empty for a model without.
         model_name: the registered name that wrote the file, e.g. ``wav2vec_ctc``.
+        model_options: options of that model as its config has them.
         pretraining_options: options of the encoder model as its config has them.
     """
 
@@ -56,8 +58,10 @@ class ParsedCheckpoint:
     normalize: bool
     head_state: dict[str, Tensor] | None = None
     extra_state: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
     symbols: list[str] | None = None
     model_name: str = ""
+    model_options: dict[str, Any] = field(default_factory=dict)
     pretraining_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -137,7 +141,12 @@ def _parse(state: Mapping[str, Any], name: str) -> ParsedCheckpoint:
         elif "normalize" not in task_options:
             task_options = {**task_options, "normalize": nested.get("normalize")}
     family = _family(encoder_options, weights, name)
-    encoder_state, extra_state = _split_weights(weights)
+    scores = {
+        key.removeprefix("w2v_encoder.").removesuffix(".scores"): value
+        for key, value in weights.items()
+        if key.startswith("w2v_encoder.") and key.endswith(".scores")
+    }
+    encoder_state, extra_state = _split_weights({k: v for k, v in weights.items() if not k.endswith(".scores")})
     head_state = {
         k.rpartition(".")[2]: extra_state[k]
         for k in extra_state
@@ -151,8 +160,10 @@ def _parse(state: Mapping[str, Any], name: str) -> ParsedCheckpoint:
         normalize=bool(encoder_options.get("normalize", False) if normalize is None else normalize),
         head_state=head_state if {"weight", "bias"} <= set(head_state) else None,
         extra_state={k: v for k, v in extra_state.items() if not k.startswith("w2v_encoder.proj.")},
+        scores=scores,
         symbols=_symbols(state),
         model_name=model_name,
+        model_options=model_options,
         pretraining_options=dict(encoder_options),
     )
 

@@ -1,0 +1,106 @@
+"""`s3distill train ARGS`: `fairseq-hydra-train ARGS`, with devices, paths, option names and manifests checked first."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from s3distill.data.manifest import validate_for_training
+
+TAKES_ANY_ARGUMENTS = True  # they are fairseq-hydra-train's
+PATHS = ("model.w2v_path", "model.student_path", "task.teacher_path", "checkpoint.finetune_from_model", "task.data")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("arguments", nargs="*", metavar="ARGS", help="what fairseq-hydra-train takes")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from fairseq_cli import hydra_train
+
+        from s3distill.compat import launch
+    except ImportError as error:
+        raise RuntimeError(f"training needs fairseq ({error}); run: make env") from error
+    check_option_names(args.arguments)
+    launch.prepare(check_files)
+    sys.argv = ["fairseq-hydra-train", *args.arguments]
+    hydra_train.cli_main()
+    return 0
+
+
+def check_option_names(arguments: list[str]) -> None:
+    """Refuses options that the recipe does not list, with the names that come near.
+
+    Raises:
+        FileNotFoundError: there is no such recipe. ValueError: it has no such option.
+    """
+    from fairseq.dataclass.configs import FairseqConfig
+    from omegaconf import OmegaConf
+
+    folder, name = _value(arguments, "--config-dir", "-cd"), _value(arguments, "--config-name", "-cn")
+    if folder is None or name is None:
+        return  # fairseq's own default configuration
+    recipe = Path(folder) / f"{name.removesuffix('.yaml')}.yaml"
+    if not recipe.is_file():
+        recipes = sorted(p.stem for p in recipe.parent.glob("*.yaml"))
+        there = f"there are {', '.join(recipes)}" if recipes else "there is no recipe in that folder"
+        raise FileNotFoundError(f"--config-dir {folder} --config-name {name}: {recipe} does not exist; {there}")
+    known = set(_keys(OmegaConf.to_container(OmegaConf.load(recipe))))
+    known |= set(_keys(OmegaConf.to_container(OmegaConf.structured(FairseqConfig))))
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals or key.startswith(("+", "~", "-", "hydra.")) or "/" in key or "@" in key or key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=3)
+        raise ValueError(
+            f"{recipe} has no option `{key}`; {'did you mean ' + ' or '.join(near) + '?' if near else ''} An option that it does not list "
+            f"can be added with ++{argument}"
+        )
+
+
+def _value(arguments: list[str], *names: str) -> str | None:
+    for i, argument in enumerate(arguments):
+        for name in names:
+            if argument == name and i + 1 < len(arguments):
+                return arguments[i + 1]
+            if argument.startswith(f"{name}="):
+                return argument.partition("=")[2]
+    return None
+
+
+def _keys(values: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in values.items() if isinstance(values, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _keys(value, f"{prefix}{key}.")
+
+
+def check_files(cfg: Any) -> None:
+    """Refuses a run whose checkpoints or manifests are not there or not whole (`FileNotFoundError`, `ValueError`)."""
+    from omegaconf import OmegaConf
+
+    for key in PATHS:
+        path = (
+            None
+            if OmegaConf.is_missing(cfg.get(key.split(".")[0]) or {}, key.split(".")[1])
+            else OmegaConf.select(cfg, key)
+        )
+        if path and not Path(path).exists():
+            raise FileNotFoundError(
+                f"`{key}` must name what exists, but there is no {path} (from {Path.cwd()}); check the path"
+            )
+    task, data = cfg.get("task") or {}, OmegaConf.select(cfg, "task.data")
+    if not data or task.get("multi_corpus_keys") or task.get("binarized_dataset"):
+        return
+    subsets = [cfg.dataset.train_subset]
+    if not cfg.dataset.get("disable_validation"):
+        subsets += str(cfg.dataset.valid_subset).split(",")
+    labels = task.get("labels")
+    for subset in map(str.strip, subsets):
+        label_path = Path(data) / f"{subset}.{labels}" if labels else None
+        dictionary = Path(task.get("target_dictionary") or data) / f"dict.{labels}.txt" if labels else None
+        validate_for_training(Path(data) / f"{subset}.tsv", label_path, dictionary)

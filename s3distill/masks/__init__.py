@@ -1,0 +1,1 @@
+"""Binary connection masks over frozen weights (S3-Router): selection, scores, masked modules, and the mask bank."""

@@ -1,0 +1,207 @@
+"""The options of S3-Router as plain values: checked, and turned into the list of modules that are masked and that learn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from s3distill.encoder.config import EncoderConfig
+from s3distill.masks.modules import MaskRule
+from s3distill.masks.scores import INITS
+from s3distill.masks.selection import PATTERNS
+
+LINEAR_ST_OPS = {"linear_st": None, "linear_st_outstr": "rows", "linear_st_instr": "columns"}  # -> pattern
+
+ENCODER = "w2v_model"  # name of the encoder in fairseq's fine-tuned models, and of the head beside it
+HEAD = "proj"
+ATTENTION_LINEARS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj")
+FFN_LINEARS = ("fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """What is masked and what learns; names and meaning are S3-Router's (see `models.wav2vec_ctc_st`).
+
+    ``prune_rate`` and the lists hold *kept* fractions (densities).
+
+    Raises:
+        ValueError: a value or a combination is out of range; the message names option, rule, value and remedy.
+    """
+
+    prune_rate: float = 0.5
+    no_prune_proj: bool = True
+    no_prune_extractor: bool = True
+    no_prune_pos: bool = True
+    no_prune_post_extract_proj: bool = False
+    trainable_bias: bool = False
+    trainable_layer_norm: bool = False
+    trainable_pos: bool = False
+    trainable_proj: bool = False
+    trainable_post_extract_proj: bool = False
+    trainable_if_unpruned: bool = False
+    co_train: bool = False
+    init_score: str = "kaiming_uniform"
+    init_score_scale: float = 1.0
+    fix_attn: bool = False
+    fix_fc: bool = False
+    layerwise_prune_rate: Sequence[float] = ()
+    fc_attn_prune_rate: Sequence[float] = ()
+    ste_sigmoid: bool = False
+    linear_st_op: str = "linear_st"
+    mask_pattern: str = "unstructured"
+    fix_mask: bool = False
+    fix_mask_before: int = 0
+    load_mask_only: bool = False
+    load_mask_before: int = 0
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> MaskOptions:
+        """Picks this class's fields out of a model's options; None in place of a list is an empty one."""
+        picked: dict[str, Any] = {}
+        for f in dataclasses.fields(cls):
+            if f.name not in values:
+                continue
+            value = values[f.name]
+            if f.name.endswith("wise_prune_rate") or f.name == "fc_attn_prune_rate":
+                value = () if value is None else tuple(float(v) for v in value)
+            elif f.name in ("init_score", "linear_st_op", "mask_pattern"):
+                value = str(getattr(value, "value", value))
+            picked[f.name] = value
+        return cls(**picked)
+
+    def __post_init__(self) -> None:
+        _require_density("prune_rate", self.prune_rate)
+        for name in ("layerwise_prune_rate", "fc_attn_prune_rate"):
+            for i, value in enumerate(getattr(self, name)):
+                _require_density(f"{name}[{i}]", value)
+        _require_choice("init_score", self.init_score, INITS)
+        _require_choice("linear_st_op", self.linear_st_op, tuple(LINEAR_ST_OPS))
+        _require_choice("mask_pattern", self.mask_pattern, PATTERNS)
+        if self.init_score_scale == 0:
+            raise ValueError("`init_score_scale` divides the weights, so it must not be 0; pass 1")
+        if self.fc_attn_prune_rate and len(self.fc_attn_prune_rate) != 2:
+            raise ValueError(
+                f"`fc_attn_prune_rate` must be [fc, attention], two kept fractions, but has {len(self.fc_attn_prune_rate)}; pass e.g. "
+                "[0.9,0.95], or [] for one density everywhere"
+            )
+        if self.fc_attn_prune_rate and self.layerwise_prune_rate:
+            raise ValueError(
+                "`layerwise_prune_rate` and `fc_attn_prune_rate` both say how much of a layer is kept; leave one of them empty ([])"
+            )
+        others = self._masked_outside_layers()
+        if self.fc_attn_prune_rate and others:
+            raise ValueError(
+                f"`fc_attn_prune_rate` says nothing about other modules, but {', '.join(others)} would be masked too; set "
+                f"{', '.join(f'no_prune_{o}=true' for o in others)}, or use prune_rate"
+            )
+        implied = LINEAR_ST_OPS[self.linear_st_op]
+        if implied is not None and self.mask_pattern not in ("unstructured", implied):
+            raise ValueError(
+                f"`linear_st_op` {self.linear_st_op} means the pattern {implied}, but `mask_pattern` is {self.mask_pattern}; set only "
+                "one of them"
+            )
+        if self.pattern == "2:4":
+            for name, value in self._densities():
+                if value not in (0.5, 1.0):
+                    raise ValueError(f"`mask_pattern` 2:4 keeps exactly half, but `{name}` is {value}; set it to 0.5")
+        for name in ("fix_mask_before", "load_mask_before"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` counts layers and must be at least 0, but is {getattr(self, name)}")
+
+    @property
+    def pattern(self) -> str:
+        """The pattern in force: ``mask_pattern``, or what ``linear_st_op`` implies."""
+        return LINEAR_ST_OPS[self.linear_st_op] or self.mask_pattern
+
+    def _densities(self) -> Iterator[tuple[str, float]]:
+        if self.layerwise_prune_rate:
+            yield from ((f"layerwise_prune_rate[{i}]", v) for i, v in enumerate(self.layerwise_prune_rate))
+        elif self.fc_attn_prune_rate:
+            yield from ((f"fc_attn_prune_rate[{i}]", v) for i, v in enumerate(self.fc_attn_prune_rate))
+        else:
+            yield "prune_rate", self.prune_rate
+
+    def _masked_outside_layers(self) -> list[str]:
+        names = ("proj", "extractor", "pos", "post_extract_proj")
+        return [n for n in names if not getattr(self, f"no_prune_{n}")]
+
+    def rules(self, config: EncoderConfig) -> dict[str, MaskRule]:
+        """Which modules are masked and how: name below `MaskedNetwork` -> rule, encoder first, head last.
+
+        Modules with density 1 are not masked at all, nor are those that have no weights (pruned to nothing).
+
+        Raises:
+            ValueError: ``layerwise_prune_rate`` has another length than the encoder has layers.
+        """
+        if self.layerwise_prune_rate and len(self.layerwise_prune_rate) != config.num_layers:
+            raise ValueError(
+                f"`layerwise_prune_rate` must have one kept fraction for each of the {config.num_layers} encoder layers, but has "
+                f"{len(self.layerwise_prune_rate)}; [] means prune_rate everywhere"
+            )
+        densities = dict(self._outside(config, in_front=True))
+        for i, layer in enumerate(config.layers):
+            prefix = f"{ENCODER}.encoder.layers.{i}"
+            if layer.attention and layer.num_heads > 0 and not self.fix_attn:
+                densities |= {f"{prefix}.{name}": self._layer_density(i, attention=True) for name in ATTENTION_LINEARS}
+            if layer.ffn and layer.ffn_dim > 0 and not self.fix_fc:
+                densities |= {f"{prefix}.{name}": self._layer_density(i, attention=False) for name in FFN_LINEARS}
+        densities |= dict(self._outside(config, in_front=False))
+        return {
+            name: MaskRule(density, self.pattern, self.ste_sigmoid)
+            for name, density in densities.items()
+            if density < 1
+        }
+
+    def _layer_density(self, layer: int, attention: bool) -> float:
+        if self.layerwise_prune_rate:
+            return self.layerwise_prune_rate[layer]
+        if self.fc_attn_prune_rate:
+            return self.fc_attn_prune_rate[int(attention)]
+        return self.prune_rate
+
+    def _outside(self, config: EncoderConfig, in_front: bool) -> Iterator[tuple[str, float]]:
+        """Modules outside of the layers; a density per layer leaves them whole, as in S3-Router."""
+        density = 1.0 if self.layerwise_prune_rate else self.prune_rate
+        if not in_front:
+            if not self.no_prune_proj:
+                yield HEAD, density
+            return
+        if not self.no_prune_extractor:
+            for i in range(len(config.conv_layers)):
+                yield f"{ENCODER}.feature_extractor.conv_layers.{i}.0", density
+        if not self.no_prune_post_extract_proj and config.project_features:
+            yield f"{ENCODER}.post_extract_proj", density
+        if not self.no_prune_pos:
+            for i in range(config.pos_conv_depth):
+                suffix = "" if config.pos_conv_depth == 1 else ".0"
+                yield f"{ENCODER}.encoder.pos_conv.{i}{suffix}", density
+
+    def scores_learn(self, name: str) -> bool:
+        """Whether the scores of a module learn: not with ``fix_mask``, nor below layer ``fix_mask_before`` (what is in front included)."""
+        if self.fix_mask:
+            return False
+        return self.fix_mask_before == 0 or name == HEAD or layer_of(name) >= self.fix_mask_before
+
+    def takes_scores(self, name: str) -> bool:
+        """Whether a start from another checkpoint takes the scores of this module (``load_mask_only``, ``load_mask_before``)."""
+        return self.load_mask_before == 0 or (name != HEAD and layer_of(name) < self.load_mask_before)
+
+
+def layer_of(name: str) -> int:
+    """Index of the encoder layer that a module is in; -1 for what is in front of the layers or beside them."""
+    words = name.split(".")
+    return int(words[words.index("layers") + 1]) if "layers" in words else -1
+
+
+def _require_density(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(
+            f"`{name}` is the kept fraction and must be in (0, 1], but is {value}; 0.9 removes 10% of the connections"
+        )
+
+
+def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r}")

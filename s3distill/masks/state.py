@@ -1,0 +1,139 @@
+"""Checkpoints of masked networks: what is taken from one when training starts, goes on, or the network is rebuilt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from s3distill.encoder.checkpoint import ParsedCheckpoint
+from s3distill.encoder.model import PARAMETER_PREFIXES
+from s3distill.masks.network import MaskedNetwork
+from s3distill.masks.options import ENCODER, MaskOptions
+
+logger = logging.getLogger(__name__)
+
+SCORES = ".scores"
+
+
+def adopt_state(network: MaskedNetwork, state: Mapping[str, Tensor], masks_only: bool = False) -> None:
+    """Loads a checkpoint's state into a network with masks.
+
+    - A state with scores (a run of this model, or S3-Router's own file): weights and scores, as they are.
+    - A state without any (a dense fine-tuned model, the first step of the pruning recipe): its weights, and scores that start
+      from them as ``init_score`` says.
+    - ``masks_only``: the scores alone, of the modules that `MaskOptions.takes_scores` names; everything else stays.
+
+    Scores of modules that this network does not mask are left out (S3-Router saves them under ``fix_attn`` too).
+
+    Args:
+        state: names below the network (``w2v_model....``, ``proj....``).
+    Raises:
+        ValueError: scores are missing or of another shape, or the weights are of another model.
+    """
+    options = network.options
+    assert options is not None, "add_masks comes first"
+    masked = network.masked_modules()
+    found = {name.removesuffix(SCORES): value for name, value in state.items() if name.endswith(SCORES)}
+    wanted = [name for name in masked if not masks_only or options.takes_scores(name)]
+    if masks_only and not wanted:
+        raise ValueError(
+            f"`load_mask_before`={options.load_mask_before} names no module that is masked; raise it, or set load_mask_only"
+        )
+    if found or masks_only:
+        _check_scores(masked, wanted, found)
+    foreign = sorted(set(found) - set(masked))
+    if foreign:
+        logger.info("scores of %d modules that are not masked here are left out (%s, ...)", len(foreign), foreign[0])
+    if masks_only:
+        _copy({masked[name].scores: found[name] for name in wanted})
+        logger.info("took the scores of %d masks, and nothing else", len(wanted))
+        return
+    _load_weights(network, state)
+    if found:
+        _copy({masked[name].scores: found[name] for name in wanted})
+    else:
+        network.reset_scores()
+        logger.info("scores of %d masks start from the loaded weights: %s", len(masked), options.init_score)
+
+
+def _check_scores(masked: Mapping[str, object], wanted: list[str], found: Mapping[str, Tensor]) -> None:
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(
+            f"the checkpoint must have scores for every masked module, but has none for {', '.join(missing[:4])} ({len(missing)} of "
+            f"{len(wanted)}); mask the modules that it masks (fix_attn, fix_fc, no_prune_*), or start from a checkpoint with masks"
+        )
+    for name in wanted:
+        shape, expected = tuple(found[name].shape), tuple(masked[name].scores.shape)  # type: ignore[attr-defined]
+        if shape != expected:
+            raise ValueError(
+                f"the scores of {name} must have the shape {expected}, but the checkpoint has {shape}; was it trained with another "
+                "mask_pattern or linear_st_op, or over another backbone?"
+            )
+
+
+def _load_weights(network: MaskedNetwork, state: Mapping[str, Tensor]) -> None:
+    """Everything but scores, by name; all must be there and fit."""
+    own = {name: p for name, p in network.state_dict(keep_vars=True).items() if not name.endswith(SCORES)}
+    known = tuple(f"{ENCODER}.{prefix}" for prefix in PARAMETER_PREFIXES)
+    given = {
+        name: value
+        for name, value in state.items()
+        # pre-training leftovers of fairseq's fine-tuned models, such as HuBERT's label embeddings, are nothing to this one
+        if not name.endswith(SCORES) and (name.startswith(known) or not name.startswith(f"{ENCODER}."))
+    }
+    missing, unexpected = sorted(set(own) - set(given)), sorted(set(given) - set(own))
+    wrong = [
+        f"{name}: {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    if missing or unexpected or wrong:
+        raise ValueError(
+            f"the checkpoint is not of this backbone and head; missing: {missing[:3] or 'none'}, unexpected: "
+            f"{unexpected[:3] or 'none'}, of another shape: {wrong[:3] or 'none'} ({len(missing)}, {len(unexpected)} and {len(wrong)} "
+            "in all). A fine-tuned model must come from the same model.w2v_path and dictionary"
+        )
+    _copy({parameter: given[name] for name, parameter in own.items()})
+
+
+@torch.no_grad()
+def _copy(values: Mapping[Tensor, Tensor]) -> None:
+    for target, value in values.items():
+        target.copy_(value)
+
+
+def read_masks(checkpoint: ParsedCheckpoint) -> dict[str, Tensor]:
+    """The binary masks of a trained checkpoint: module -> bool of the weight's shape; empty for a dense one.
+
+    Raises:
+        ValueError: the scores do not fit the options that the checkpoint carries.
+    """
+    if not checkpoint.scores:
+        return {}
+    network = network_of(checkpoint)
+    return {name: module.mask() for name, module in network.masked_modules().items()}
+
+
+def network_of(checkpoint: ParsedCheckpoint) -> MaskedNetwork:
+    """Rebuilds the network of a trained checkpoint, masks included, in evaluation mode.
+
+    Raises:
+        ValueError: it has no head, or its tensors do not fit its options.
+    """
+    if checkpoint.head_state is None:
+        raise ValueError("the checkpoint has no head (w2v_encoder.proj); masks are trained with one")
+    network = MaskedNetwork(checkpoint.config, len(checkpoint.head_state["weight"]))
+    if checkpoint.scores:
+        network.add_masks(MaskOptions.from_mapping({**checkpoint.model_options, "init_score": "zero"}))
+    state = {f"{ENCODER}.{name}": value for name, value in checkpoint.encoder_state.items()}
+    state |= {f"proj.{name}": value for name, value in checkpoint.head_state.items()}
+    state |= {f"{name}{SCORES}": value for name, value in checkpoint.scores.items()}
+    if checkpoint.scores:
+        adopt_state(network, state)
+    else:
+        _load_weights(network, state)
+    return network.eval()
