@@ -18,10 +18,20 @@ from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.speech_model import SpeechModel
 from s3distill.gates import GateCounts, breakdown, count_macs_per_second
 from s3distill.gates.cost import UTTERANCE_S
+from s3distill.masks.compact import bake_compact
+from s3distill.masks.network import MaskedNetwork
+from s3distill.masks.state import network_of
 
 # prefix of a parameter that is no part of the encoder -> what `describe` counts it under
 _EXTRA_PARTS = {".heads.": "prediction_heads", ".gates.": "gates", ".lagrangian.": "gates"}
 
+
+_SPEED_OF_PATTERN = {
+    "unstructured": "storage only: zeros at any place are multiplied like other weights",
+    "2:4": "storage here; real on GPUs with sparse tensor cores, in half precision or int8",
+    "rows": "real on any machine: closed rows are left out",
+    "columns": "real on any machine: closed columns are left out",
+}
 
 MIN_TIMING_S = 1.0  # small models run for a millisecond, where a few repeats can all meet other load
 
@@ -79,7 +89,25 @@ def measure_speedup(
     return Speedup(slow.processing_s / fast.processing_s, slow, fast)
 
 
-def _measure(models: list[SpeechModel], seconds: float, repeats: int, num_threads: int | None) -> list[RTF]:
+def measure_mask_speedup(
+    path: str | os.PathLike[str], seconds: float = UTTERANCE_S, repeats: int = 5, num_threads: int | None = None
+) -> Speedup | None:
+    """What the masks of a checkpoint gain on this machine: closed rows and columns left out, against the dense masked weights.
+
+    None where no mask closes a whole row or column, so that there is nothing to leave out.
+    """
+    parsed = parse_checkpoint(compat.load_checkpoint(path), str(path))
+    dense, compact = network_of(parsed), network_of(parsed)
+    dense.bake()
+    if bake_compact(compact) == 0:
+        return None
+    slow, fast = _measure([dense, compact], seconds, repeats, num_threads)
+    return Speedup(slow.processing_s / fast.processing_s, slow, fast)
+
+
+def _measure(
+    models: list[SpeechModel | MaskedNetwork], seconds: float, repeats: int, num_threads: int | None
+) -> list[RTF]:
     if repeats < 1 or (num_threads is not None and num_threads < 1):
         raise ValueError(f"`repeats` and `num_threads` must be at least 1, but are {repeats} and {num_threads}")
     num_samples = round(seconds * SAMPLE_RATE)
@@ -98,12 +126,13 @@ def _measure(models: list[SpeechModel], seconds: float, repeats: int, num_thread
     return [RTF(b / audio_s, b, audio_s, threads) for b in best]
 
 
-def _time_once(model: SpeechModel, waveform: Tensor) -> float:
+def _time_once(model: SpeechModel | MaskedNetwork, waveform: Tensor) -> float:
     device = next(model.parameters()).device
     waveform = waveform.to(device)
     _synchronize(device)
     start = time.perf_counter()
-    model.encoder(waveform)
+    encoder = model.encoder if isinstance(model, SpeechModel) else model.w2v_model
+    encoder(waveform)
     _synchronize(device)
     return time.perf_counter() - start
 
@@ -143,6 +172,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "normalize": parsed.normalize,
         "num_symbols": None if parsed.head_state is None else int(parsed.head_state["weight"].shape[0]),
         "params": _count_params(parsed),
+        "masks": _describe_masks(parsed),
         "macs_per_second": count_macs_per_second(config, full),
         "breakdown": {
             "params": breakdown(config, full, "params"),
@@ -153,6 +183,30 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "layer_norm_first": config.layer_norm_first,
         "conv_layers": [asdict(layer) for layer in config.conv_layers],
         "layers": [asdict(layer) for layer in config.layers],
+    }
+
+
+def _describe_masks(parsed: ParsedCheckpoint) -> dict[str, Any] | None:
+    """Connection masks (S3-Router): what they keep, what they take to store, and what they can save at run time."""
+    if not parsed.scores:
+        return None
+    masked = network_of(parsed).masked_modules()
+    masks = {name: module.mask() for name, module in masked.items()}
+    connections = sum(mask.numel() for mask in masks.values())
+    in_open_lines = sum(int(mask.any(0).sum()) * int(mask.any(1).sum()) for mask in masks.values() if mask.dim() == 2)
+    in_linears = sum(mask.numel() for mask in masks.values() if mask.dim() == 2)
+    pattern = next(iter(masked.values())).rule.pattern
+    return {
+        "number": len(masks),
+        "pattern": pattern,
+        "connections": connections,
+        "density": sum(int(mask.sum()) for mask in masks.values()) / connections,
+        # one bit per score, once training is over: rows and columns share one
+        "mask_bytes": sum((module.scores.numel() + 7) // 8 for module in masked.values()),
+        "weight_bytes": 4 * connections,
+        # share of the masked Linears' MACs that falls away when closed rows and columns are left out
+        "macs_saved": 1 - in_open_lines / in_linears if in_linears else 0.0,
+        "speed": _SPEED_OF_PATTERN[pattern],
     }
 
 

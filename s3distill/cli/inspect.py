@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import s3distill
-from s3distill.analysis.measure import describe, measure_rtf, measure_speedup
+from s3distill.analysis.measure import describe, measure_mask_speedup, measure_rtf, measure_speedup
 
 REPEATS = 5
 
@@ -34,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(report: dict[str, Any], args: argparse.Namespace) -> None:
+    if report["masks"] is not None and report["masks"]["macs_saved"] > 0:
+        gain = measure_mask_speedup(args.checkpoint, args.seconds, REPEATS, args.threads)
+        report["masks"]["measured_speedup"] = None if gain is None else gain.speedup
     model = s3distill.load(args.checkpoint)
     if not args.compare:
         report["rtf"], report["num_threads"] = _speed(measure_rtf(model, args.seconds, REPEATS, args.threads))
@@ -73,7 +76,22 @@ def table(report: dict[str, Any]) -> list[str]:
     if "rtf" in report:
         speeds = [f"{c['rtf']:.4f}" for c in columns] + ([f"{report['speedup']:.2f}x"] if "speedup" in report else [])
         lines.append(_row(f"real-time factor, CPU, {report['num_threads']} threads", speeds))
-    return [*lines, "", *_shapes(report)]
+    return [*lines, *_masks(report["masks"]), "", *_shapes(report)]
+
+
+def _masks(masks: dict[str, Any] | None) -> list[str]:
+    if masks is None:
+        return []
+    lines = [
+        f"masks: {masks['number']} ({masks['pattern']}) keep {masks['density']:.2%} of {_si(masks['connections'])} connections",
+        f"  storage: {masks['mask_bytes'] / 1e6:.2f} MB as bits, where the weights take {masks['weight_bytes'] / 1e6:.2f} MB",
+        f"  speed:   {masks['speed']}",
+    ]
+    if masks["macs_saved"] > 0:
+        measured = masks.get("measured_speedup")
+        shown = f"; the encoder runs {measured:.2f}x as fast on this CPU" if measured else ""
+        lines.append(f"           {masks['macs_saved']:.1%} of the masked Linears' MACs{shown}")
+    return ["", *lines]
 
 
 def _shapes(report: dict[str, Any]) -> list[str]:

@@ -83,11 +83,11 @@ class Masked(nn.Module):
         """The plain module with this weight [out, in, ...] in place of the masked one."""
         raise NotImplementedError
 
-    def reset_scores(self, method: str, scale: float = 1.0) -> None:
+    def reset_scores(self, method: str, scale: float = 1.0, generator: torch.Generator | None = None) -> None:
         """Starts the scores anew from the present weights, see `scores.init_scores`."""
         with torch.no_grad():
             weight = self.dense_weight()
-        init_scores(self.scores, weight, method, self.rule.density, self.rule.pattern, scale)
+        init_scores(self.scores, weight, method, self.rule.density, self.rule.pattern, scale, generator)
 
     @torch.no_grad()
     def mask(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator
 
 import torch
@@ -59,11 +60,15 @@ class MaskedNetwork(nn.Module):
         return dict(masked_modules(self))
 
     def reset_scores(self, names: list[str] | None = None) -> None:
-        """Starts the scores (of all masked modules, or those named) anew from the weights as they are."""
+        """Starts the scores (of all masked modules, or those named) anew from the weights as they are.
+
+        Noise depends on torch's seed and the module's name alone: the ranks of a distributed run start with the same masks.
+        """
         assert self.options is not None
         for name, module in self.masked_modules().items():
             if names is None or name in names:
-                module.reset_scores(self.options.init_score, self.options.init_score_scale)
+                generator = torch.Generator().manual_seed(torch.initial_seed() % 2**32 + zlib.crc32(name.encode()))
+                module.reset_scores(self.options.init_score, self.options.init_score_scale, generator)
 
     def forward(
         self, source: Tensor, padding_mask: Tensor | None = None, mask: bool = False, frozen_encoder: bool = False

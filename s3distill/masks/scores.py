@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,13 @@ FROM_WEIGHTS = ("weight_magnitude", "negative_weight_magnitude", "weight_rank", 
 
 @torch.no_grad()
 def init_scores(
-    scores: Tensor, weight: Tensor, method: str, density: float, pattern: str = "unstructured", scale: float = 1.0
+    scores: Tensor,
+    weight: Tensor,
+    method: str,
+    density: float,
+    pattern: str = "unstructured",
+    scale: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> None:
     """Fills ``scores`` in place  (options ``init_score`` and ``init_score_scale`` of S3-Router).
 
@@ -44,20 +52,13 @@ def init_scores(
         weight: the frozen weight, [out, in, ...].
         density, pattern: of the mask, for the methods that make one.
         scale: of ``weight_magnitude_with_scale``; not 0.
+        generator: of the noise, which is drawn on the CPU so that it is the same on every device.
     Raises:
         ValueError: unknown method.
     """
     source = _reduced(weight.float(), scores.shape)
-    if method == "kaiming_uniform":
-        nn.init.kaiming_uniform_(scores, a=math.sqrt(5))
-    elif method == "kaiming_normal":
-        nn.init.kaiming_normal_(scores)
-    elif method == "xavier_normal":
-        nn.init.xavier_normal_(scores)
-    elif method == "uniform":
-        nn.init.uniform_(scores)
-    elif method == "normal":
-        nn.init.normal_(scores)
+    if method in _NOISE:
+        scores.copy_(_noise(method, scores.shape, generator))
     elif method in ("zero", "one"):
         nn.init.constant_(scores, float(method == "one"))
     elif method == "weight_magnitude":
@@ -66,15 +67,29 @@ def init_scores(
         smallest = _smallest(source, density, pattern)
         scores.copy_(smallest)
     elif method == "weight_rank":
-        nn.init.kaiming_uniform_(scores, a=math.sqrt(5))
-        noise, order = scores.flatten(), scores.flatten().abs().argsort(stable=True)
+        noise = _noise("kaiming_uniform", scores.shape, generator).to(scores.device).flatten()
         ranked = torch.empty_like(noise)
-        ranked[source.flatten().abs().argsort(stable=True)] = noise[order]
+        ranked[source.flatten().abs().argsort(stable=True)] = noise[noise.abs().argsort(stable=True)]
         scores.copy_(ranked.view_as(scores))
     elif method == "weight_magnitude_with_scale":
         scores.copy_(source / scale)
     else:
         raise ValueError(f"`init_score` must be one of {', '.join(INITS)}, but is {method!r}")
+
+
+_NOISE: dict[str, Callable[..., Tensor]] = {
+    "kaiming_uniform": functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
+    "kaiming_normal": nn.init.kaiming_normal_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "uniform": nn.init.uniform_,
+    "normal": nn.init.normal_,
+}
+
+
+def _noise(method: str, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+    noise = torch.empty(shape, dtype=torch.float32)
+    _NOISE[method](noise, generator=generator)
+    return noise
 
 
 def _smallest(source: Tensor, density: float, pattern: str) -> Tensor:
