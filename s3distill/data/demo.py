@@ -1,18 +1,21 @@
-"""The demo corpus: synthetic English speech with wav2vec manifests, the first thing that the quickstart makes.
+"""The demo corpus: synthetic speech of one language with wav2vec manifests, the first thing that the quickstart makes.
 
-Sentences come from `demo_grammar`, voices from espeak-ng. No sentence and no voice variant of valid or test is
-in train.
+Sentences come from `demo_grammar` and the words of `demo_languages`, voices from espeak-ng. No sentence and no voice
+variant of valid or test is in train. `demo_multilingual` makes one such corpus per language, and a pooled one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,9 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from s3distill.data.demo_grammar import VOCABULARY, SentenceSource
+from s3distill.data.demo_grammar import SentenceSource
+from s3distill.data.demo_languages import LANGUAGES, check_languages
+from s3distill.data.demo_readme import corpus_readme
 from s3distill.data.espeak import synthesise
 from s3distill.data.manifest import current_umask, read_manifest, write_dictionary, write_lines, write_manifest
 from s3distill.data.transcripts import count_symbols, spell
@@ -29,14 +34,12 @@ from s3distill.encoder.config import SAMPLE_RATE
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
-ACCENTS = ("en-us", "en-gb")
 # espeak-ng's voice variants; those of valid and test differ from train's in formants, pitch or voicing
 VARIANTS = {
     "train": ("m1", "m3", "m4", "m7", "m8", "Mike", "Gene", "adam", "f1", "f2", "f4", "Annie"),
     "valid": ("max", "aunty"),
     "test": ("m2", "m6", "Michael", "f3"),
 }
-VOICES = {split: tuple(f"{accent}+{variant}" for variant in VARIANTS[split] for accent in ACCENTS) for split in SPLITS}
 
 RATES_WPM = (130, 175)
 PITCHES = (38, 62)  # espeak-ng's scale; 50 is the voice's own
@@ -48,19 +51,6 @@ SILENCE_LEVEL = 0.01  # of the utterance's peak: what is softer at its ends is c
 FORMAT_VERSION = 1  # raised when the same settings would give other bytes
 MAX_HELD_OUT_MINUTES = 40.0  # valid and test together; more would take too many of the grammar's sentences from train
 
-README = """\
-Demo speech of s3distill
-========================
-This speech is SYNTHETIC. The espeak-ng synthesiser spoke it from a grammar of {num_words} words, to try the chain on
-and to test it. Error rates on it say nothing about real speech.
-
-16 kHz mono FLAC; NAME.tsv lists the audio of a split (line 1: the root, `.` is this folder), NAME.wrd and NAME.ltr hold
-its words and letters line by line, dict.ltr.txt the letters of train with their counts, demo.json the settings.
-No sentence and no voice of valid or test is in train.
-
-{table}
-"""
-
 
 @dataclass(frozen=True)
 class DemoSettings:
@@ -70,8 +60,10 @@ class DemoSettings:
     valid_minutes: float = 1.5
     test_minutes: float = 4.0
     seed: int = 1
+    language: str = "en"
 
     def __post_init__(self) -> None:
+        check_languages([self.language])
         for name in ("train_minutes", "valid_minutes", "test_minutes"):
             if not getattr(self, name) > 0:
                 raise ValueError(
@@ -91,6 +83,7 @@ def make_demo_corpus(
     test_minutes: float = 4.0,
     seed: int = 1,
     progress: bool = True,
+    language: str = "en",
 ) -> dict[str, dict[str, float]]:
     """Writes a demo corpus, or leaves it as it is where the same settings made it before.
 
@@ -101,27 +94,42 @@ def make_demo_corpus(
         train_minutes, valid_minutes, test_minutes: least length of each split.
         seed: decides sentences, voices, speeds, pitches and levels; the same seed gives the same bytes.
         progress: show a progress bar.
+        language: a key of `demo_languages.LANGUAGES`.
     Returns:
         Per split: ``utterances``, ``minutes``, ``words``, ``voices``.
     Raises:
         ValueError: a setting out of range, or ``out_dir`` holds something else than a demo corpus.
         RuntimeError: the espeak-ng library is missing.
     """
-    settings = DemoSettings(train_minutes, valid_minutes, test_minutes, seed)
+    settings = DemoSettings(train_minutes, valid_minutes, test_minutes, seed, language)
     out_dir = Path(out_dir)
+    require_replaceable(out_dir)
+    statistics = reusable(out_dir, settings)
+    if statistics is not None:
+        logger.info("%s: reused, it was made with the same settings", out_dir)
+        return statistics
+    with fresh_folder(out_dir) as work_dir:
+        statistics = write_corpus(work_dir, settings, progress)
+    logger.info("%s: %s", out_dir, ", ".join(f"{s} {v['utterances']} utterances" for s, v in statistics.items()))
+    return statistics
+
+
+def require_replaceable(out_dir: Path) -> None:
+    """Raises `ValueError` where ``out_dir`` holds something else than a demo corpus."""
     if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "demo.json").is_file():
         raise ValueError(
             f"{out_dir}: the output must be a new or empty folder or an older demo corpus, but holds other files; "
             "choose another folder"
         )
-    statistics = _reusable(out_dir, settings)
-    if statistics is not None:
-        logger.info("%s: reused, it was made with the same settings", out_dir)
-        return statistics
+
+
+@contextlib.contextmanager
+def fresh_folder(out_dir: Path) -> Iterator[Path]:
+    """A temporary folder beside ``out_dir`` that takes its place when the block ends well, and goes where it does not."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     work_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
-        statistics = _write_corpus(work_dir, settings, progress)
+        yield work_dir
         os.chmod(work_dir, 0o777 & ~current_umask())
         if out_dir.exists():
             old_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.old.", dir=out_dir.parent))
@@ -133,15 +141,16 @@ def make_demo_corpus(
     except BaseException:
         shutil.rmtree(work_dir, ignore_errors=True)
         raise
-    logger.info("%s: %s", out_dir, ", ".join(f"{s} {v['utterances']} utterances" for s, v in statistics.items()))
-    return statistics
 
 
 def _description(settings: DemoSettings) -> dict[str, object]:
-    return {"format": FORMAT_VERSION, "synthetic": True, **dataclasses.asdict(settings)}
+    record = {"format": FORMAT_VERSION, "synthetic": True, **dataclasses.asdict(settings)}
+    if settings.language == "en":
+        del record["language"]  # English was there before the others, and its corpus keeps its bytes
+    return record
 
 
-def _reusable(out_dir: Path, settings: DemoSettings) -> dict[str, dict[str, float]] | None:
+def reusable(out_dir: Path, settings: DemoSettings) -> dict[str, dict[str, float]] | None:
     """The statistics of the corpus in ``out_dir`` if it was made with these settings and all its files are there."""
     try:
         record = json.loads((out_dir / "demo.json").read_text(encoding="utf-8"))
@@ -157,16 +166,25 @@ def _reusable(out_dir: Path, settings: DemoSettings) -> dict[str, dict[str, floa
         return None  # not whole: make it again
 
 
-def _write_corpus(work_dir: Path, settings: DemoSettings, progress: bool) -> dict[str, dict[str, float]]:
+def voices(language: str, split: str) -> tuple[str, ...]:
+    """The espeak-ng voices of a split: each variant with each accent of the language."""
+    accents = LANGUAGES[language].accents
+    return tuple(f"{accent}+{variant}" for variant in VARIANTS[split] for accent in accents)
+
+
+def write_corpus(work_dir: Path, settings: DemoSettings, progress: bool) -> dict[str, dict[str, float]]:
+    """Writes all files of a corpus to an empty folder; returns its statistics per split."""
+    language = settings.language
     statistics: dict[str, dict[str, float]] = {}
     held_out: set[str] = set()  # sentences of test and valid: drawn first, so that train can keep away from them
     total_s = 60 * round(settings.train_minutes + settings.valid_minutes + settings.test_minutes, 3)
     layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of speech [{elapsed}<{remaining}]"
-    with tqdm(total=total_s, desc="demo speech", bar_format=layout, disable=not progress) as bar:
+    with tqdm(total=total_s, desc=f"demo speech, {language}", bar_format=layout, disable=not progress) as bar:
         for split in reversed(SPLITS):
             minutes = getattr(settings, f"{split}_minutes")
-            rng = random.Random(f"{settings.seed} {split}")
-            entries, sentences = _write_split(work_dir, split, minutes, rng, held_out, bar)
+            # Another stream per language, so that their corpora are not the same sentence by sentence
+            rng = random.Random(f"{settings.seed} {split}" + (f" {language}" if language != "en" else ""))
+            entries, sentences = _write_split(work_dir, language, split, minutes, rng, held_out, bar)
             write_manifest(work_dir / f"{split}.tsv", ".", entries)
             write_lines(work_dir / f"{split}.wrd", sentences)
             write_lines(work_dir / f"{split}.ltr", map(spell, sentences))
@@ -176,23 +194,22 @@ def _write_corpus(work_dir: Path, settings: DemoSettings, progress: bool) -> dic
                 "utterances": len(entries),
                 "minutes": round(sum(num_samples for _, num_samples in entries) / SAMPLE_RATE / 60, 3),
                 "words": sum(len(sentence.split()) for sentence in sentences),
-                "voices": min(len(VOICES[split]), len(entries)),
+                "voices": min(len(voices(language, split)), len(entries)),
             }
     statistics = {split: statistics[split] for split in SPLITS}
-    rows = [f"{'':8}" + "".join(f"{name:>12}" for name in statistics["train"])]
-    rows += [f"{split:8}" + "".join(f"{value:12g}" for value in row.values()) for split, row in statistics.items()]
-    write_lines(work_dir / "README.txt", README.format(num_words=len(VOCABULARY), table="\n".join(rows)).splitlines())
+    write_lines(work_dir / "README.txt", corpus_readme(language, statistics).splitlines())
     record = {"settings": _description(settings), "statistics": statistics}
     write_lines(work_dir / "demo.json", [json.dumps(record, indent=2)])
     return statistics
 
 
 def _write_split(
-    work_dir: Path, split: str, minutes: float, rng: random.Random, held_out: set[str], bar: tqdm
+    work_dir: Path, language: str, split: str, minutes: float, rng: random.Random, held_out: set[str], bar: tqdm
 ) -> tuple[list[tuple[str, int]], list[str]]:
     """Speaks sentences, the voices in turn, until the split is long enough; valid's and test's go to ``held_out``."""
     (work_dir / split).mkdir()
-    source = SentenceSource(rng)
+    source = SentenceSource(rng, LANGUAGES[language].grammar)
+    turn = itertools.cycle(voices(language, split))
     entries: list[tuple[str, int]] = []
     sentences: list[str] = []
     missing = round(minutes * 60 * SAMPLE_RATE)
@@ -200,7 +217,7 @@ def _write_split(
         sentence = source.next(forbidden=held_out)
         if split != "train":
             held_out.add(sentence)
-        voice = VOICES[split][len(entries) % len(VOICES[split])]
+        voice = next(turn)
         samples = _speak(sentence, voice, rng)
         name = f"{split}/{len(entries):05d}-{voice.replace('+', '-')}.flac"
         soundfile.write(work_dir / name, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")

@@ -2,7 +2,6 @@
 
 import collections
 import hashlib
-import itertools
 import json
 import random
 
@@ -13,7 +12,8 @@ from s3distill.cli.main import main
 from s3distill.data import demo
 from s3distill.data.audio import read_audio
 from s3distill.data.demo import SPLITS, VARIANTS, make_demo_corpus
-from s3distill.data.demo_grammar import VOCABULARY, SentenceSource
+from s3distill.data.demo_grammar import SentenceSource
+from s3distill.data.demo_languages import LANGUAGES
 from s3distill.data.manifest import check_manifest, read_dictionary, read_labels, read_manifest
 
 pytest.importorskip("espeakng_loader")
@@ -68,17 +68,14 @@ def test_splits_share_no_sentence_where_they_are_large_either(tmp_path, monkeypa
     assert not set(sentences["train"]) & set(sentences["valid"] + sentences["test"])
 
 
-def test_every_word_is_about_equally_frequent_and_sentences_are_short():
-    source = SentenceSource(random.Random(1))
+@pytest.mark.parametrize("grammar", [language.grammar for language in LANGUAGES.values()], ids=LANGUAGES)
+def test_every_word_is_about_equally_frequent_and_sentences_are_short(grammar):
+    source = SentenceSource(random.Random(1), grammar)
     sentences = [source.next(set()) for _ in range(700)]
     counts = collections.Counter(word for sentence in sentences for word in sentence.split())
-    assert set(counts) == set(VOCABULARY)
+    assert set(counts) == set(grammar.vocabulary)
     assert max(counts.values()) < 1.15 * min(counts.values())
     assert {len(sentence.split()) for sentence in sentences} == {3, 4, 5}
-
-
-def test_no_word_has_a_doubled_letter():
-    assert not [word for word in VOCABULARY if any(a == b for a, b in itertools.pairwise(word))]
 
 
 def test_audio_is_trimmed_and_neither_silent_nor_clipped(corpus):
@@ -93,9 +90,31 @@ def test_audio_is_trimmed_and_neither_silent_nor_clipped(corpus):
             assert 0.045 < edge < 0.105
 
 
+def test_english_sentences_are_the_ones_that_the_first_version_made():
+    """Seed 1 keeps its bytes: recipes and reported numbers rest on them."""
+    source = SentenceSource(random.Random("1 train"), LANGUAGES["en"].grammar)
+    assert [source.next(set()) for _ in range(3)] == [
+        "TWO RED SHIPS TODAY",
+        "COUNT BLUE PENCILS UPSTAIRS",
+        "LIFT SEVEN PINK MONKEYS OUTSIDE",
+    ]
+
+
+def test_another_language_has_its_own_words_voices_and_settings(tmp_path):
+    make_demo_corpus(tmp_path / "nl", **SMALL, language="nl")
+    words = {word for split in SPLITS for line in read_labels(tmp_path / f"nl/{split}.wrd") for word in line.split()}
+    assert words == set(LANGUAGES["nl"].grammar.vocabulary)
+    assert all("-nl-" in path for path, _ in read_manifest(tmp_path / "nl/train.tsv").entries)
+    assert json.loads((tmp_path / "nl/demo.json").read_text())["settings"]["language"] == "nl"
+    assert (tmp_path / "nl/README.txt").read_text().startswith("Demo speech of s3distill: Dutch\n====")
+
+
 def test_what_is_written(corpus):
     record = json.loads((corpus / "demo.json").read_text())
-    assert record["settings"]["synthetic"] is True
+    assert record["settings"] == {
+        **{"format": 1, "synthetic": True, "seed": 1},
+        **{name: SMALL[name] for name in ("train_minutes", "valid_minutes", "test_minutes")},
+    }
     assert "SYNTHETIC" in (corpus / "README.txt").read_text()
     assert read_manifest(corpus / "train.tsv").root == corpus
     assert (corpus / "train.tsv").read_text().startswith(".\n")
@@ -107,7 +126,7 @@ def test_what_is_written(corpus):
 
 def test_the_same_settings_are_reused_and_damage_is_repaired(corpus, monkeypatch):
     before = digest(corpus)
-    monkeypatch.setattr(demo, "_write_corpus", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(demo, "write_corpus", lambda *_: pytest.fail("made again"))
     statistics = make_demo_corpus(corpus, **SMALL)
     assert statistics["train"]["utterances"] == len(read_manifest(corpus / "train.tsv").entries)
     monkeypatch.undo()
@@ -157,6 +176,7 @@ def test_command(tmp_path, capsys):
     [
         ({"train_minutes": 0}, "`train_minutes` must be above 0, but is 0"),
         ({"test_minutes": float("nan")}, "`test_minutes` must be above 0, but is nan"),
+        ({"language": "nl-be"}, "must be some of en, nl, de, es, fr, it, but is 'nl-be' \\(unknown: 'nl-be'\\)"),
         ({"test_minutes": 60}, "must be at most 40 together, but are 60.1; the grammar has too few sentences"),
     ],
 )
