@@ -166,7 +166,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     config, full = parsed.config, GateCounts.full(parsed.config)
     return {
         "path": str(path),
-        "checkpoint_bytes": os.path.getsize(path),
+        "checkpoint_bytes": compat.checkpoint_size(path),
         "model": parsed.model_name,
         "family": parsed.family,
         "normalize": parsed.normalize,

@@ -13,21 +13,24 @@ from typing import Any
 from s3distill.analysis.curves import Curve
 
 PALETTE = ("#3b82c4", "#d9822b", "#2f9e62", "#b5508f", "#8a7a1f", "#7a6fd0")  # readable on white and on near-black
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
+INK = "#010203"  # stands for the page's text colour until the SVG is written
 KeptUnits = Sequence[tuple[int, int]]
 
 
-def plot_curves(title: str, curves: dict[str, Curve], right: dict[str, Curve] | None = None, log: bool = False) -> str:
-    """Lines over the number of updates.
+def plot_curves(
+    title: str, curves: dict[str, Curve], right: dict[str, Curve] | None = None, log: bool = False, over: str = "update"
+) -> str:
+    """Lines over the number of updates, or over something else that stands in their place.
 
     Args:
         title: heading, and what a screen reader says first.
         curves: by label; ``right`` is drawn dashed against an axis of its own.
         log: logarithmic left axis.
+        over: what is on the horizontal axis.
     Returns:
         An ``<svg>`` element.
     """
-    figure, axes = _figure((7.2, 3.0))
+    figure, axes = new_figure((7.2, 3.0))
     _draw(axes, curves, PALETTE, "-")
     handles = list(axes.lines)
     if log:
@@ -38,35 +41,35 @@ def plot_curves(title: str, curves: dict[str, Curve], right: dict[str, Curve] | 
         _draw(twin, right, PALETTE[len(curves) % len(PALETTE) :] + PALETTE, "--")
         handles += list(twin.lines)
         twin.set_ylabel(", ".join(right))
-    axes.set_xlabel("updates")
-    axes.set_title(title, loc="left", color=_INK, fontsize=9)
+    axes.set_xlabel("updates" if over == "update" else over)
+    axes.set_title(title, loc="left", color=INK, fontsize=9)
     if len(handles) > 1:
-        axes.legend(handles=handles, frameon=False, labelcolor=_INK, loc="best")
-    return _svg(figure, f"{title}. " + " ".join(_in_words(curves | (right or {}))))
+        axes.legend(handles=handles, frameon=False, labelcolor=INK, loc="best")
+    return to_svg(figure, f"{title}. " + " ".join(_in_words(curves | (right or {}), over)))
 
 
 def plot_kept_units(kept: dict[str, KeptUnits]) -> str:
     """Bars of what stayed (full) of what there was (pale), per layer; one panel per kind of unit, as in ``{"head": [(5, 12), ...]}``."""
     names = {"conv": "conv channels", "head": "attention heads", "ffn": "FFN dims"}
-    figure, all_axes = _figure((9.0, 2.8), len(kept))
+    figure, all_axes = new_figure((9.0, 2.8), len(kept))
     words = []
     for axes, (unit, layers), colour in zip(all_axes, kept.items(), PALETTE, strict=False):
         positions = range(len(layers))
         axes.bar(positions, [total for _, total in layers], color=colour, alpha=0.25, label="teacher")
         bars = axes.bar(positions, [count for count, _ in layers], color=colour, label="student")
-        axes.bar_label(bars, fontsize=7, color=_INK)
+        axes.bar_label(bars, fontsize=7, color=INK)
         axes.set_xticks(list(positions))
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("layer")
-        axes.set_title(names.get(unit, unit), loc="left", color=_INK, fontsize=9)
+        axes.set_title(names.get(unit, unit), loc="left", color=INK, fontsize=9)
         words.append(
             f"{names.get(unit, unit)}: "
             + ", ".join(f"layer {i} {count} of {total}" for i, (count, total) in enumerate(layers))
         )
-    return _svg(figure, "Kept units per layer. " + "; ".join(words))
+    return to_svg(figure, "Kept units per layer. " + "; ".join(words))
 
 
-def _figure(size: tuple[float, float], num_panels: int = 1) -> tuple[Any, Any]:
+def new_figure(size: tuple[float, float], num_panels: int = 1) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -83,12 +86,12 @@ def _figure(size: tuple[float, float], num_panels: int = 1) -> tuple[Any, Any]:
 
 def _style(axes: Any) -> None:
     axes.patch.set_alpha(0)
-    axes.tick_params(colors=_INK, labelsize=8)
+    axes.tick_params(colors=INK, labelsize=8)
     for part in (axes.xaxis.label, axes.yaxis.label):
-        part.set_color(_INK)
+        part.set_color(INK)
         part.set_fontsize(9)
     for name, spine in axes.spines.items():
-        spine.set_color(_INK)
+        spine.set_color(INK)
         spine.set_visible(name in ("left", "bottom"))
 
 
@@ -111,15 +114,15 @@ def _finite(curve: Curve) -> list[tuple[int, float]]:
     return [(u, v) for u, v in zip(curve.updates, curve.values, strict=True) if math.isfinite(v)]
 
 
-def _in_words(curves: dict[str, Curve]) -> Iterable[str]:
+def _in_words(curves: dict[str, Curve], over: str) -> Iterable[str]:
     for label, curve in curves.items():
         points = _finite(curve)
         if points:
             (first, start), (last, end) = points[0], points[-1]
-            yield f"{label}: {start:.4g} at update {first}, {end:.4g} at update {last}."
+            yield f"{label}: {start:.4g} at {over} {first}, {end:.4g} at {over} {last}."
 
 
-def _svg(figure: Any, description: str) -> str:
+def to_svg(figure: Any, description: str) -> str:
     """The figure as one element that needs nothing from outside; its text is text, its ink the page's."""
     import matplotlib
 
@@ -128,7 +131,7 @@ def _svg(figure: Any, description: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(
         r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL
     )  # would restyle the whole page

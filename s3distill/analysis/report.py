@@ -18,7 +18,7 @@ SYNTHETIC = (
     "works, and say nothing about real speech."
 )
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c2126; --paper: #fff; --line: #d5dae0; --soft: #f3f5f7; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e8ec; --paper: #14181c; --line: #39424b; --soft: #1e242a; }
@@ -98,7 +98,7 @@ def write_report(
     ]
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
     )
     body = "\n".join(parts)
     write_lines(Path(path), [f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>'])
@@ -139,7 +139,7 @@ def _kept_section(kept: Mapping[str, KeptUnits]) -> list[str]:
     if not shown:
         return []
     text = "Pale: the teacher's units, full: what the student kept."
-    return ["<h2>Kept units per layer</h2>", _figure(plot_kept_units(shown), text)]
+    return ["<h2>Kept units per layer</h2>", captioned(plot_kept_units(shown), text)]
 
 
 def _size_section(curves: Mapping[str, TrainingCurves]) -> list[str]:
@@ -150,7 +150,7 @@ def _size_section(curves: Mapping[str, TrainingCurves]) -> list[str]:
             continue
         multipliers = _pick(run.train, {"lambda 1": "lambda1", "lambda 2": "lambda2"})
         text = "Expected sparsity (fraction removed) and its target, solid; the multipliers of the size constraint, dashed."
-        parts.append(_figure(plot_curves(f"{name}: sparsity", sparsity, multipliers), text))
+        parts.append(captioned(plot_curves(f"{name}: sparsity", sparsity, multipliers), text))
     return ["<h2>Sparsity</h2>", *parts] if parts else []
 
 
@@ -159,11 +159,11 @@ def _loss_section(curves: Mapping[str, TrainingCurves]) -> list[str]:
     for name, run in curves.items():
         losses = _pick(run.train, {"training": "loss"}) | _pick(run.valid, {"validation": "loss"})
         if losses:
-            parts.append(_figure(plot_curves(f"{name}: loss", losses), f"Loss of stage {name}."))
+            parts.append(captioned(plot_curves(f"{name}: loss", losses), f"Loss of stage {name}."))
         wer = _pick(run.valid, {"WER, % (validation)": "wer"})
         if wer:
             parts.append(
-                _figure(
+                captioned(
                     plot_curves(f"{name}: word error rate", wer), f"Word error rate at each validation of stage {name}."
                 )
             )
@@ -184,5 +184,5 @@ def _pick(found: Mapping[str, Curve], names: Mapping[str, str]) -> dict[str, Cur
     return {label: found[name] for label, name in names.items() if name in found}
 
 
-def _figure(svg: str, caption: str) -> str:
+def captioned(svg: str, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
