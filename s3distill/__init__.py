@@ -6,16 +6,18 @@ fairseq read its checkpoints safely on torch >= 2.6. `load` reads any supported 
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from s3distill import compat
 
 if TYPE_CHECKING:
     from s3distill.encoder.speech_model import SpeechModel
+    from s3distill.masks.masked_model import MaskedModel
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = ["MaskedModel", "load"]
 
 
 def load(path: str | os.PathLike[str], device: str = "cpu") -> SpeechModel:
@@ -34,6 +36,29 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> SpeechModel:
     from s3distill.encoder.speech_model import SpeechModel
 
     return SpeechModel(parse_checkpoint(compat.load_checkpoint(path), str(path)), str(path)).to(device)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MaskedModel":  # late, like everything that brings the encoder along
+        return _masked_model()
+    raise AttributeError(f"module 's3distill' has no attribute {name!r}")
+
+
+@functools.cache
+def _masked_model() -> Any:
+    from s3distill.masks import masked_model
+
+    class MaskedModel(masked_model.MaskedModel):
+        __doc__ = masked_model.MaskedModel.__doc__
+
+        @classmethod
+        def load(cls, backbone: Any, bank: Any, source: str = "the backbone") -> MaskedModel:
+            """As in the core, with the path of a checkpoint as ``backbone`` too."""
+            if isinstance(backbone, str | os.PathLike):
+                return super().load(load(backbone), bank, os.fspath(backbone))
+            return super().load(backbone, bank, source)
+
+    return MaskedModel
 
 
 if compat.fairseq_usable():

@@ -56,13 +56,13 @@ mkdir -p "$OUT"
 
     for language in $LANGUAGES; do
         tune "mask_$language" "$language" ${MASK_ARGS:-}
-        tune "full_$language" "$language" model.prune_rate=1 model.co_train=true ${FULL_ARGS:-}
+        tune "full_$language" "$language" model.prune_rate=1 model.co_train=true ${FULL_ARGS:-optimization.lr=[0.001]}
         step "pack_$language" s3distill masks pack "$(last "mask_$language")" --name "$language" --bank "$BANK" --backbone "$BACKBONE"
         decode "mask_$language" "$language" "$BACKBONE" --mask-bank "$BANK" --mask-name "$language"
         decode "full_$language" "$language" "$(last "full_$language")"
     done
 }
-s3distill masks list "$BANK" --backbone "$BACKBONE" --json > "$OUT/bank.json"
+s3distill masks list "$BANK" --json > "$OUT/bank.json"
 python examples/s3_router/multilingual_table.py "$OUT" "$TEST" $LANGUAGES
 if [[ $(wc -w <<<"$LANGUAGES") -gt 2 ]]; then
     s3distill masks inventory --languages "${LANGUAGES// /,}" -o "$OUT/similarity/phonemes.csv"

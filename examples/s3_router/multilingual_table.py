@@ -21,11 +21,11 @@ def table(out: Path, split: str, languages: list[str]) -> list[str]:
             f"| {language} | {mask['wer']:.2f} | {full['wer']:.2f} | {mask['uer']:.2f} | {full['uer']:.2f} | "
             f"{mask['word']['num_reference']} |"
         )
-    size = json.loads((out / "bank.json").read_text())["bytes"]
+    size = json.loads((out / "bank.json").read_text())
     lines += [
         "",
-        f"Bytes (float32): one backbone {size['backbone']:,} + {len(languages)} masks with their heads {size['masks']:,} = {size['total']:,}; "
-        f"{len(languages)} separate models {size['separate_models']:,}; {size['saved']:.1%} fewer.",
+        f"One backbone and a bank of {len(size['masks'])} masks with their heads: {size['total_bytes'] / 1e6:.1f} MB; "
+        f"{len(size['masks'])} separate models: {size['separate_bytes'] / 1e6:.1f} MB ({size['saved']:.1%} fewer bytes, float32).",
     ]
     return lines
 

@@ -17,6 +17,11 @@ COMMANDS = {
     "train": ("s3distill.cli.train", "fairseq-hydra-train, with devices, paths, options and manifests checked first"),
     "prune": ("s3distill.cli.prune", "cut the closed gates out of a trained student"),
     "inspect": ("s3distill.cli.inspect", "parameters, MACs, shapes and speed of a checkpoint"),
+    "convert": (
+        "s3distill.cli.convert",
+        "Hugging Face folders and WavLM files to fairseq checkpoints, students to folders",
+    ),
+    "masks": ("s3distill.cli.masks", "banks of masks: one backbone for many languages"),
     "quickstart": ("s3distill.cli.quickstart", "the whole chain on demo speech, with a report"),
 }
 

@@ -84,11 +84,10 @@ def check_files(cfg: Any) -> None:
     from omegaconf import OmegaConf
 
     for key in PATHS:
-        path = (
-            None
-            if OmegaConf.is_missing(cfg.get(key.split(".")[0]) or {}, key.split(".")[1])
-            else OmegaConf.select(cfg, key)
-        )
+        section, _, name = key.partition(".")
+        if OmegaConf.is_dict(cfg.get(section)) and OmegaConf.is_missing(cfg[section], name):
+            raise ValueError(f"`{key}` must be given, but the command does not set it; pass {key}=PATH")
+        path = OmegaConf.select(cfg, key)
         if path and not Path(path).exists():
             raise FileNotFoundError(
                 f"`{key}` must name what exists, but there is no {path} (from {Path.cwd()}); check the path"
@@ -100,7 +99,8 @@ def check_files(cfg: Any) -> None:
     if not cfg.dataset.get("disable_validation"):
         subsets += str(cfg.dataset.valid_subset).split(",")
     labels = task.get("labels")
+    has_dictionary = labels and task.get("_name") != "audio_labels"  # which may take its classes from elsewhere
     for subset in map(str.strip, subsets):
         label_path = Path(data) / f"{subset}.{labels}" if labels else None
-        dictionary = Path(task.get("target_dictionary") or data) / f"dict.{labels}.txt" if labels else None
+        dictionary = Path(task.get("target_dictionary") or data) / f"dict.{labels}.txt" if has_dictionary else None
         validate_for_training(Path(data) / f"{subset}.tsv", label_path, dictionary)

@@ -4,10 +4,11 @@ Loading runs no code from a file. `load_checkpoint` needs no fairseq; `install` 
 `fairseq-generate`, `w2v_path` and resuming work on torch >= 2.6.
 """
 
-from s3distill.compat.loading import load_checkpoint, write_checkpoint
+from s3distill.compat.loading import checkpoint_size, load_checkpoint, write_checkpoint
 from s3distill.compat.repairs import fairseq_usable, import_shells, install, starts_from_another_run
 
 __all__ = [
+    "checkpoint_size",
     "fairseq_usable",
     "import_shells",
     "install",

@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 logger = logging.getLogger(__name__)
 
+# ranks that meet at such an address are all on this machine; others may be started elsewhere
+_LOOPBACK = re.compile(r"\w+://(localhost|127\.\d+\.\d+\.\d+|\[::1\]):")
 _MASKED = "wav2vec_ctc_st"  # the model whose recipes other models may be run with
 
 
@@ -33,6 +38,7 @@ class LaunchCallback(Callback):
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         prepare()
+        forget_last_job()
 
 
 def prepare(check: Callable[[DictConfig], None] | None = None) -> None:
@@ -51,6 +57,7 @@ def prepare(check: Callable[[DictConfig], None] | None = None) -> None:
     checks = [check] if check else []
 
     def add_defaults(cfg: DictConfig) -> None:
+        separate_jobs(cfg)
         check_devices(cfg)
         leave_out_foreign_options(cfg)
         for further in checks:
@@ -59,6 +66,30 @@ def prepare(check: Callable[[DictConfig], None] | None = None) -> None:
 
     add_defaults.checks = checks  # type: ignore[attr-defined]
     hydra_train.add_defaults = add_defaults
+
+
+def separate_jobs(cfg: DictConfig) -> None:
+    """In a sweep, outputs go to the job's own folder: the recipes put them under ``hydra.run.dir``, which all jobs share.
+
+    Otherwise each job would go on from the checkpoint of the one before.
+    """
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    shared, own = HydraConfig.get().run.dir, HydraConfig.get().runtime.output_dir
+    for key in ("checkpoint.save_dir", "common.tensorboard_logdir"):
+        folder = OmegaConf.select(cfg, key)
+        if folder and Path(folder).is_relative_to(shared):
+            OmegaConf.update(cfg, key, str(own / Path(folder).relative_to(shared)))
+
+
+def forget_last_job() -> None:
+    """fairseq keeps the best score and its patience on functions, which the next job of a sweep in this process would inherit."""
+    from fairseq import checkpoint_utils
+    from fairseq_cli import train
+
+    for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):
+        for name in ("best", "num_runs"):
+            vars(function).pop(name, None)
 
 
 def check_devices(cfg: DictConfig) -> None:
@@ -82,12 +113,18 @@ def check_devices(cfg: DictConfig) -> None:
             f"distributed_training.{came} starts one process per GPU, but there is no GPU here, so nothing would be trained; leave "
             "distributed_init_method out and pass distributed_training.distributed_world_size=1 common.fp16=false to train on the CPU"
         )
-    if method and world_size and num_gpus < world_size and (options.get("distributed_rank") or 0) == 0:
+    if method and world_size and num_gpus < world_size and _LOOPBACK.match(method):
+        visible = f"{num_gpus} GPU is" if num_gpus == 1 else f"{num_gpus} GPUs are"
         raise RuntimeError(
-            f"distributed_training.distributed_world_size is {world_size}, but {num_gpus} GPU is visible, so its process would wait for "
-            f"the others for ever; pass distributed_training.distributed_world_size={num_gpus}, or make more GPUs visible"
+            f"distributed_training.distributed_world_size is {world_size}, but {visible} visible, so {num_gpus} would wait for the others "
+            f"for ever; pass distributed_training.distributed_world_size={num_gpus}, or make more GPUs visible"
         )
-    if num_gpus == 0 and (cfg.get("common") or {}).get("fp16"):
+    common = cfg.get("common") or {}
+    if num_gpus == 0 and common.get("fp16") and not common.get("tpu"):
+        if not (common.get("fp16_no_flatten_grads") or common.get("memory_efficient_fp16")):
+            raise RuntimeError(
+                "common.fp16 gathers its gradients on a GPU, but there is no GPU here; pass common.fp16=false to train on the CPU"
+            )
         logger.warning("common.fp16 on a CPU is slow and rounds; pass common.fp16=false")
 
 

@@ -94,18 +94,33 @@ class _StandIn:
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a fairseq checkpoint into plain dicts, lists, strings, numbers and CPU tensors, without fairseq.
+    """Reads a checkpoint into plain dicts, lists, strings, numbers and CPU tensors, without fairseq.
 
-    Configs become dicts, enums their values, `argparse.Namespace` a dict, and a fairseq `Dictionary` a dict with ``symbols``.
+    A file of fairseq or WavLM: configs become dicts, enums their values, `argparse.Namespace` a dict, and a fairseq
+    `Dictionary` a dict with ``symbols``. Or a folder of `transformers` or `s3distill convert`, see `huggingface.read_folder`.
+    `encoder.checkpoint.parse_checkpoint` takes all of them apart.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or the folder lacks some.
         ValueError: the file is corrupt or truncated, not a checkpoint, or its pickle needs a type that is not allowed.
     """
+    if os.path.isdir(path):
+        from s3distill.compat.huggingface import read_folder  # which reads pickles with this module
+
+        return read_folder(path)
     allowed = [(_stand_in(name), name) for name in _types_in(path) if _is_data_type(name, resolve=False)]
     state = _plain(_torch_load(path, [*allowed, *_plain_globals()]))
     _require_checkpoint(state, path)
     return state
+
+
+def checkpoint_size(path: str | os.PathLike[str]) -> int:
+    """Bytes of a checkpoint, or of a folder's files of weights."""
+    if os.path.isdir(path):
+        from s3distill.compat.huggingface import folder_size
+
+        return folder_size(path)
+    return os.path.getsize(path)
 
 
 def _require_checkpoint(state: Any, path: str | os.PathLike[str]) -> None:
@@ -128,6 +143,10 @@ def _plain_globals() -> list[tuple[Any, str]]:
 
 def _types_in(path: str | os.PathLike[str]) -> list[str]:
     """Every type or function that the file's pickle names beyond torch's own allow-list, without running it."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"{path} is a folder, and stock fairseq reads files only; make one of it first: s3distill convert {path} model.pt"
+        )
     if not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint {path} does not exist; check the path")
     try:
@@ -233,8 +252,13 @@ def write_checkpoint(
     model_state: Mapping[str, Any],
     model_options: Mapping[str, Any],
     task_options: Mapping[str, Any],
+    task_state: Mapping[str, Any] | None = None,
+    written_by: str = "",
 ) -> None:
-    """Writes weights and config as a fairseq checkpoint (updates 0, no optimizer), to a temporary name that is then renamed."""
+    """Writes weights and config as a fairseq checkpoint (updates 0, no optimizer), to a temporary name that is then renamed.
+
+    ``task_state`` is the task's (a dictionary); ``written_by`` stays in the file's ``extra_state``.
+    """
     state = {
         "args": None,
         "cfg": {
@@ -249,8 +273,9 @@ def write_checkpoint(
         "optimizer_history": [
             {"criterion_name": "none", "optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": 0}
         ],
-        "task_state": {},
+        "task_state": dict(task_state or {}),
         "extra_state": {
+            **({"written_by": written_by} if written_by else {}),
             "metrics": None,
             "previous_training_time": 0,
             "train_iterator": {"epoch": 1, "iterations_in_epoch": 0},

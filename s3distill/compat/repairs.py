@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from s3distill.compat.half_precision import know_changed_weights
 from s3distill.compat.loading import (
     _FAIRSEQ_CLASSES,
     _OMEGACONF_TYPES,
@@ -90,6 +91,7 @@ def install() -> None:
     checkpoint_utils.convert_namespace_to_omegaconf = _with_nested_args(checkpoint_utils.convert_namespace_to_omegaconf)
     _know_starts()
     _know_eval_only()
+    know_changed_weights()
     _register_data2vec()
 
 
@@ -198,7 +200,7 @@ def _safe_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
             with torch.serialization.safe_globals(allowed), _weights_only():  # type: ignore[arg-type]
                 state = stock(path, arg_overrides, load_on_all_ranks)
         except Exception:
-            _require_checkpoint(_torch_load(path, allowed), path)  # says so where the file is at fault
+            _require_fairseqs(_torch_load(path, allowed), path)  # says so where the file is at fault
             raise
         _refuse_code(state.get("cfg"), path)
         _refuse_code(state.get("args"), path)
@@ -206,6 +208,15 @@ def _safe_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     load_checkpoint_to_cpu.is_s3distill = True  # type: ignore[attr-defined]
     return load_checkpoint_to_cpu
+
+
+def _require_fairseqs(state: Any, path: str | os.PathLike[str]) -> None:
+    _require_checkpoint(state, path)
+    if isinstance(state.get("cfg"), dict) and "model" not in state["cfg"] and "encoder_layers" in state["cfg"]:
+        raise ValueError(
+            f"{path} is a WavLM in its own layout, which no stock model of fairseq reads; make a file of it that does: s3distill "
+            f"convert {path} model.pt"
+        )
 
 
 @contextlib.contextmanager

@@ -1,21 +1,39 @@
-"""`layer_distill`: match the teacher's hidden states, and keep the student's expected size on its target."""
+"""`layer_distill`: match the teachers' hidden states, and keep the student's expected size on its target."""
 
 # no `from __future__ import annotations`: fairseq reads the types of config fields
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from torch import Tensor
 
+from s3distill.criterions._distill_checks import (
+    check_frames,
+    check_gates,
+    check_heads,
+    check_masks,
+    check_temporal_layers,
+)
+from s3distill.criterions._distill_terms import build_terms, parse_layer_weights
 from s3distill.encoder.teacher import Teacher
 from s3distill.gates.lagrangian import target_at
-from s3distill.losses import COSINES, LossWeights, hidden_state_loss
+from s3distill.heads import parse_pairs_per_teacher
+from s3distill.losses import (
+    COSINES,
+    TARGET_NORMS,
+    TEMPORAL_NORMS,
+    TeacherStates,
+    distillation_loss,
+)
 
 logger = logging.getLogger(__name__)
+
+Pairs = Sequence[Tuple[int, int]]  # (student layer, teacher layer)
 
 
 @dataclass
@@ -31,6 +49,48 @@ class LayerDistillConfig(FairseqDataclass):
     layer_weights: str = field(
         default="", metadata={"help": "one weight per matched layer, e.g. '0.1,0.1,1'; empty: 1 each, summed"}
     )
+    target_norm: ChoiceEnum(list(TARGET_NORMS)) = field(  # type: ignore[valid-type]
+        default="none",
+        metadata={
+            "help": "targets of the heads get zero mean and unit variance: instance: per channel over time (data2vec's for "
+            "speech); layer: per frame over channels; predictions are left as they are"
+        },
+    )
+    # masked distillation
+    mask_student: bool = field(
+        default=False,
+        metadata={"help": "the student hears audio with masked spans (model.mask_prob), the teachers all of it"},
+    )
+    masked_weight: float = field(default=1.0, metadata={"help": "of mask_student: weight of masked frames"})
+    unmasked_weight: float = field(
+        default=0.0, metadata={"help": "of mask_student: weight of the other frames; 0: LightHuBERT, 1: ARMHuBERT"}
+    )
+    unmasked_target: ChoiceEnum(["clean", "masked"]) = field(  # type: ignore[valid-type]
+        default="clean",
+        metadata={
+            "help": "what the teachers hear for the targets of unmasked frames; masked: the student's audio (ARMHuBERT)"
+        },
+    )
+    # temporal relations (STaR)
+    temporal_layer_weight: float = field(
+        default=0.0, metadata={"help": "weight of frame-to-frame relations within each layer (STaR: layer-wise)"}
+    )
+    temporal_intra_weight: float = field(
+        default=0.0, metadata={"help": "weight of relations between input and output of each layer (STaR: intra-layer)"}
+    )
+    temporal_inter_weight: float = field(
+        default=0.0, metadata={"help": "weight of relations between consecutive matched layers"}
+    )
+    temporal_layers: str = field(
+        default="",
+        metadata={
+            "help": "layers whose temporal relations are matched, written like model.distill_layers; empty: those"
+        },
+    )
+    temporal_norm: ChoiceEnum(list(TEMPORAL_NORMS)) = field(  # type: ignore[valid-type]
+        default="channels",
+        metadata={"help": "inner products of frames over their number of channels (STaR), or cosine, free of norms"},
+    )
     target_sparsity: float = field(
         default=0.0,
         metadata={"help": "share of the reference cost (model.prune_measure) to remove; needs model.prune_units"},
@@ -43,13 +103,16 @@ class LayerDistillConfig(FairseqDataclass):
 
 @register_criterion("layer_distill", dataclass=LayerDistillConfig)
 class LayerDistill(FairseqCriterion):
-    """sum_l w_l * loss(W_l h_student, h_teacher) over valid frames, plus the Lagrangian penalty of DPHuBERT (eq. 5-7)."""
+    """sum_k v_k sum_l w_l * loss(W_kl h_student, h_teacher_k) over frames, plus the Lagrangian penalty of DPHuBERT (eq. 5-7).
+
+    Each teacher k has its heads W_k and its weight v_k (`task.teacher_weights`); see `distillation_loss` for all terms.
+    """
 
     def __init__(self, cfg: LayerDistillConfig, task: Any) -> None:
         super().__init__(task)
         self.cfg = cfg
-        self.weights = LossWeights(cfg.l1_weight, cfg.l2_weight, cfg.cosine_weight, str(cfg.cosine_type))
-        self.layer_weights = _parse_layer_weights(cfg.layer_weights) if cfg.layer_weights else None
+        self.terms = build_terms(cfg)
+        self.layer_weights = parse_layer_weights(cfg.layer_weights) if cfg.layer_weights else None
         if not 0 <= cfg.target_sparsity < 1:
             raise ValueError(
                 f"`criterion.target_sparsity` must be in [0, 1), but is {cfg.target_sparsity}; 0.75 removes 75%"
@@ -59,68 +122,54 @@ class LayerDistill(FairseqCriterion):
                 f"`criterion.sparsity_warmup` counts updates and must be at least 0, but is {cfg.sparsity_warmup}"
             )
 
-    def check_model(self, model: Any, teacher: Teacher) -> None:
-        """What can be wrong between model, teacher and criterion; the task calls it before training starts.
+    def check_model(self, model: Any, teachers: Sequence[Teacher]) -> None:
+        """What can be wrong between model, teachers and criterion; the task calls it before training starts.
 
         Raises:
             ValueError: with the option to change.
         """
+        cfg = self.cfg
+        check_heads(model, teachers, self.terms.hidden_states is not None, self.layer_weights)
+        check_masks(model, cfg.mask_student, str(cfg.unmasked_target), cfg.unmasked_weight)
+        for teacher, pairs in zip(teachers, self._temporal_pairs(model), strict=True):
+            check_frames(model, teacher)
+            check_temporal_layers(model, teacher, pairs)
+            self.terms.temporal.relations(pairs)
+        check_gates(model, cfg.target_sparsity)
+
+    def _temporal_pairs(self, model: Any) -> List[Pairs]:
+        """Per teacher the layers whose temporal relations are matched."""
+        if not self.terms.temporal.active:
+            return [()] * self.task.num_teachers
+        if self.cfg.temporal_layers:
+            return list(parse_pairs_per_teacher(self.cfg.temporal_layers, self.task.num_teachers))
         if model.heads is None:
-            raise ValueError("`model.distill_layers` must name the layers to match, e.g. '0,4,8,12', but is empty")
-        teacher.check_layers([layer for _, layer in model.heads.pairs])
-        if model.heads.config.teacher_dim != teacher.config.embed_dim:
             raise ValueError(
-                f"`model.teacher_dim` must be the width of {teacher.name}, {teacher.config.embed_dim}, but is "
-                f"{model.heads.config.teacher_dim}; leave it out"
+                "`criterion.temporal_layers` must name layers, e.g. '1,2,3', where model.distill_layers is empty"
             )
-        frames = [[(c.kernel, c.stride) for c in config.conv_layers] for config in (model.config, teacher.config)]
-        if frames[0] != frames[1]:
-            raise ValueError(
-                f"student and teacher must cut audio into the same frames, but the student has one per {model.config.frame_stride} samples "
-                f"and {teacher.name} one per {teacher.config.frame_stride}, (kernel, stride) {frames[0]} and {frames[1]}; take a student "
-                "with the teacher's convolutions"
-            )
-        if max(model.masking.mask_prob, model.masking.mask_channel_prob) > 0:
-            raise ValueError(
-                "`model.mask_prob` and `model.mask_channel_prob` act in fine-tuning only: teacher and student of a distillation hear the "
-                "same audio; leave them at 0"
-            )
-        if model.gates is not None and "conv" in model.gates.units and model.training_config.feature_grad_mult <= 0:
-            raise ValueError(
-                "`model.feature_grad_mult` must be above 0 where conv channels have gates, which would learn from the size alone; raise it "
-                "or take 'conv' out of model.prune_units"
-            )
-        num_pairs = len(model.heads.pairs)
-        if self.layer_weights is not None and len(self.layer_weights) != num_pairs:
-            raise ValueError(
-                f"`criterion.layer_weights` must have one weight per matched layer ({num_pairs}), but has {len(self.layer_weights)}"
-            )
-        if self.cfg.target_sparsity > 0:
-            if model.gates is None:
-                raise ValueError("`criterion.target_sparsity` needs gates; pass e.g. model.prune_units=[conv,head,ffn]")
-            model.check_target_sparsity(self.cfg.target_sparsity)
+        return [heads.pairs for heads in model.heads.by_teacher]
 
     def forward(self, model: Any, sample: Any, reduce: bool = True) -> Any:
-        """Returns (loss summed over frames, number of valid frames, scalars to log), as fairseq's trainer expects."""
-        inputs = sample["net_input"]
-        source, padding_mask = inputs["source"], inputs.get("padding_mask")
+        """Returns (loss summed over frames, number of frames that count, scalars to log), as fairseq's trainer expects."""
+        source, padding_mask = sample["net_input"]["source"], sample["net_input"].get("padding_mask")
         target_sparsity = None
         if model.gates is not None:
             start = min(model.initial_sparsity, self.cfg.target_sparsity)
             target_sparsity = target_at(model.num_updates, self.cfg.target_sparsity, self.cfg.sparsity_warmup, start)
-        layers = [teacher_layer for _, teacher_layer in model.heads.pairs]
-        targets, _ = self.task.teacher.hidden_states(source, padding_mask, layers)
-        out = model(source, padding_mask, target_sparsity=target_sparsity)
-        loss = source.new_zeros((), dtype=torch.float32)
-        log: dict[str, Any] = {}
-        num_frames = 0
-        for i, (prediction, target) in enumerate(zip(out["predictions"], targets, strict=True)):
-            terms = hidden_state_loss(prediction, target, out["padding_mask"], self.weights)
-            num_frames = terms.num_frames
-            loss = loss + terms.total * (1.0 if self.layer_weights is None else self.layer_weights[i])
-            log[f"loss_layer{layers[i]}"] = terms.total.detach()
-            for name, value in (("l1", terms.l1), ("l2", terms.l2), ("cosine", terms.cos)):
-                log[name] = log.get(name, 0.0) + value
+        masked = self._draw_masks(model, sample) if self.cfg.mask_student else None
+        temporal_pairs = self._temporal_pairs(model)
+        head_pairs = (
+            [h.pairs for h in model.heads.by_teacher] if model.heads is not None else [()] * len(temporal_pairs)
+        )
+        states = [
+            self._teacher_states(teacher, source, padding_mask, masked, *pairs)
+            for teacher, *pairs in zip(self.task.teachers, head_pairs, temporal_pairs, strict=True)
+        ]
+        read = [layer for pairs in temporal_pairs for layer in self.terms.temporal.layers_read(pairs)[0]]
+        out = model(
+            source, padding_mask, target_sparsity=target_sparsity, masked=masked, num_layers=max(read, default=0)
+        )
+        loss, num_frames, log = self._distill(out, states, head_pairs, temporal_pairs)
         log["loss_distill"] = loss.detach()
         if out["penalty"] is not None:
             # gradients are divided by the summed sample_size over ranks, so a term that is no sum over frames is multiplied
@@ -134,6 +183,59 @@ class LayerDistill(FairseqCriterion):
             )
         log |= {"loss": loss.detach(), "ntokens": num_frames, "nsentences": source.shape[0], "sample_size": num_frames}
         return loss, num_frames, log
+
+    def _distill(
+        self, out: Any, states: List[TeacherStates], head_pairs: List[Pairs], temporal_pairs: List[Pairs]
+    ) -> Tuple[Tensor, int, dict[str, Any]]:
+        """The teachers' losses, weighted and summed; of the second teacher on, names in the log carry its number."""
+        student_states = dict(enumerate(out["hidden_states"]))
+        predictions = [out["predictions"], *out["other_predictions"]] if out["predictions"] else [()] * len(states)
+        loss, num_frames, log = out["hidden_states"][0].new_zeros((), dtype=torch.float32), 0, {}
+        for k, weight in enumerate(self.task.teacher_weights):
+            found = distillation_loss(
+                self.terms,
+                head_pairs[k],
+                predictions[k],
+                states[k],
+                out["padding_mask"],
+                out["masked"],
+                student_states,
+                temporal_pairs[k],
+                self.layer_weights,
+            )
+            num_frames = found.num_frames
+            loss = loss + weight * found.total
+            prefix = f"teacher{k + 1}_" if k > 0 else ""
+            log |= {f"{prefix}{name}": value for name, value in found.parts.items()}
+            if len(states) > 1:
+                log[f"loss_teacher{k + 1}"] = found.total.detach()
+        return loss, num_frames, log
+
+    def _draw_masks(self, model: Any, sample: Any) -> Tensor:
+        """Masks that seed, update and utterance decide, so that a resumed run repeats them; in validation always the same."""
+        inputs = sample["net_input"]
+        update = model.num_updates if model.training else 0
+        seeds = [(model.cfg.seed, update, utterance) for utterance in sample["id"].tolist()]
+        return model.draw_masks(inputs["source"], inputs.get("padding_mask"), seeds)
+
+    def _teacher_states(
+        self,
+        teacher: Teacher,
+        source: Tensor,
+        padding_mask: Optional[Tensor],
+        masked: Optional[Tensor],
+        head_pairs: Pairs,
+        temporal_pairs: Pairs,
+    ) -> TeacherStates:
+        """The layers that a loss asks for, of the clean audio and, where they are targets, of the student's."""
+        predicted = sorted({layer for _, layer in head_pairs})
+        layers = sorted({*predicted, *self.terms.temporal.layers_read(temporal_pairs)[1]})
+        clean, _ = teacher.hidden_states(source, padding_mask, layers)
+        other = None
+        if str(self.cfg.unmasked_target) == "masked":
+            states, _ = teacher.hidden_states(source, padding_mask, predicted, masked)
+            other = dict(zip(predicted, states, strict=True))
+        return TeacherStates(dict(zip(layers, clean, strict=True)), other)
 
     def _size_log(self, model: Any, out: Any, target_sparsity: Any, num_frames: int) -> dict[str, Any]:
         """Constraint and gates; weighted by frames, so that sums over batches and ranks average them."""
@@ -163,15 +265,3 @@ class LayerDistill(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
-
-
-def _parse_layer_weights(text: str) -> list[float]:
-    weights = []
-    for item in text.split(","):
-        try:
-            weights.append(float(item))
-        except ValueError as error:
-            raise ValueError(
-                f"`criterion.layer_weights` must read like '0.1,0.1,1', but {item.strip()!r} is no number"
-            ) from error
-    return weights

@@ -8,15 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3distill.encoder.position_bias import additive_mask, position_gate
+
 
 class SelfAttention(nn.Module):
     """softmax(Q K^T / sqrt(head_dim)) V per head, then `out_proj`  (Vaswani et al., 2017, eq. 1).
 
     Parameter names are fairseq's (``q_proj``, ``k_proj``, ``v_proj``, ``out_proj``); the projections are ordinary
     modules that are called, so that a swapped-in Linear takes part.
+
+    Args:
+        position_heads: which heads of the unpruned model these are, where the encoder has a position bias (WavLM), else
+            None; then also ``grep_linear`` and ``grep_a``, see `position_gate`.
+        num_position_heads: how many heads the unpruned model has.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, head_dim: int, dropout: float = 0.0) -> None:
+    position_indices: Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int,
+        dropout: float = 0.0,
+        position_heads: tuple[int, ...] | None = None,
+        num_position_heads: int = 0,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -26,14 +43,31 @@ class SelfAttention(nn.Module):
         self.k_proj = bert_linear(embed_dim, inner)
         self.v_proj = bert_linear(embed_dim, inner)
         self.out_proj = bert_linear(inner, embed_dim)
+        self.num_position_heads = num_position_heads
+        self.grep_linear: nn.Linear | None = None
+        if position_heads is not None:
+            self.grep_linear = bert_linear(embed_dim // num_position_heads, 8)
+            self.grep_a = nn.Parameter(torch.ones(1, num_heads, 1, 1))
+        cut = position_heads is not None and position_heads != tuple(range(num_position_heads))
+        # no part of the checkpoint: the config says it
+        self.register_buffer(
+            "position_indices", torch.tensor(position_heads, dtype=torch.long) if cut else None, persistent=False
+        )
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        gate: Tensor | None = None,
+        position_bias: Tensor | None = None,
+    ) -> Tensor:
         """Attends.
 
         Args:
             x: [B, T, C]
             attention_mask: [B, 1, 1, T] bool, True = may be attended to; None = everything.
             gate: scales each head's context in front of `out_proj`, [H].
+            position_bias: the encoder's, for all heads of the unpruned model, [H_unpruned, T, T].
         Returns:
             [B, T, C]
         """
@@ -45,6 +79,8 @@ class SelfAttention(nn.Module):
         q = self.q_proj(x).view(shape).transpose(1, 2)
         k = self.k_proj(x).view(shape).transpose(1, 2)
         v = self.v_proj(x).view(shape).transpose(1, 2)
+        if position_bias is not None:
+            attention_mask = self._add_position_bias(x, position_bias, attention_mask, q.dtype)
         context = F.scaled_dot_product_attention(
             q, k, v, attn_mask=attention_mask, dropout_p=self.dropout if self.training else 0.0
         )
@@ -52,6 +88,15 @@ class SelfAttention(nn.Module):
             context = context * gate.to(context.dtype)[:, None, None]
         # [B, H, T, D] -> [B, T, H*D]
         return self.out_proj(context.transpose(1, 2).reshape(batch, frames, self.num_heads * self.head_dim))
+
+    def _add_position_bias(self, x: Tensor, bias: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The gated bias of this layer's heads as an additive mask, [B, H, T, T]."""
+        assert self.grep_linear is not None
+        slices = x.unflatten(-1, (self.num_position_heads, -1))  # [B, T, C] -> [B, T, H_unpruned, C/H_unpruned]
+        if self.position_indices is not None:
+            slices, bias = slices.index_select(2, self.position_indices), bias.index_select(0, self.position_indices)
+        gate = position_gate(self.grep_linear(slices).transpose(1, 2), self.grep_a)
+        return additive_mask(gate, bias, attention_mask, dtype)
 
 
 def bert_linear(in_features: int, out_features: int) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""Reads what a checkpoint says: encoder shape, weights, CTC head, dictionary, waveform normalisation.
+"""Reads what a checkpoint says: encoder shape, weights, masks, head, dictionary, waveform normalisation.
 
 Takes the plain dict that `s3distill.compat.load_checkpoint` returns, so it needs neither fairseq nor omegaconf.
 """
@@ -11,26 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from s3distill.encoder.config import EncoderConfig, parse_conv_layers, uniform_layers
+from s3distill.encoder.config import EncoderConfig
+from s3distill.encoder.huggingface import from_huggingface
 from s3distill.encoder.model import PARAMETER_PREFIXES
+from s3distill.encoder.options import FAMILIES, config_from_options
 
-# names of encoder models whose options are fairseq's wav2vec 2.0 options, with what differs
-FAMILIES = ("wav2vec2", "hubert", "data2vec_audio", "ssl_student")
+__all__ = ["FAMILIES", "ParsedCheckpoint", "config_from_options", "parse_checkpoint"]
 
-# fairseq's defaults for options that old checkpoints do not carry
-_DEFAULTS: dict[str, Any] = {
-    "extractor_mode": "default",
-    "encoder_layers": 12,
-    "encoder_embed_dim": 768,
-    "encoder_ffn_embed_dim": 3072,
-    "encoder_attention_heads": 12,
-    "activation_fn": "gelu",
-    "layer_norm_first": False,
-    "conv_feature_layers": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
-    "conv_bias": False,
-    "conv_pos": 128,
-    "conv_pos_groups": 16,
-    "pos_conv_depth": 1,
+# registered names of models whose head has one output per utterance; every other head has one per frame
+POOLED_MODELS = ("wav2vec_label_st",)
+
+# WavLM's files hold the bias of all layers in layer 0's attention, which pruning may remove
+_MOVED = {
+    "encoder.layers.0.self_attn.relative_attention_bias.weight": "encoder.relative_attention_bias.weight",
 }
 
 
@@ -43,9 +36,10 @@ class ParsedCheckpoint:
         config: shape of the encoder.
         encoder_state: its parameters, by their names in `SpeechEncoder`.
         normalize: whether waveforms are normalised to zero mean and unit variance.
-        head_state: ``weight`` [V, C] and ``bias`` [V] of the CTC head, or None.
+        head_state: ``weight`` [V, C] and ``bias`` [V] of the head, or None.
+        pooled: whether that head is for the mean over an utterance's frames (classification), not for each frame (CTC).
         extra_state: every other parameter of the model (pre-training heads, gates, ...).
-        symbols: dictionary of the CTC head, index = position, or None.
+        symbols: dictionary or classes of the head, index = position, or None.
         scores: scores of S3-Router's masks by module, named as below ``w2v_encoder``; empty for a model without.
         model_name: the registered name that wrote the file, e.g. ``wav2vec_ctc``.
         model_options: options of that model as its config has them.
@@ -57,6 +51,7 @@ class ParsedCheckpoint:
     encoder_state: dict[str, Tensor]
     normalize: bool
     head_state: dict[str, Tensor] | None = None
+    pooled: bool = False
     extra_state: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     symbols: list[str] | None = None
@@ -65,46 +60,11 @@ class ParsedCheckpoint:
     pretraining_options: dict[str, Any] = field(default_factory=dict)
 
 
-def config_from_options(options: Mapping[str, Any], family: str) -> EncoderConfig:
-    """fairseq's model options -> `EncoderConfig`.
-
-    Args:
-        options: e.g. ``cfg["model"]`` of a checkpoint; missing ones take fairseq's defaults.
-        family: one of `FAMILIES`; data2vec always projects its features, the others only where widths differ.
-    Raises:
-        ValueError: the options describe something that this encoder is not (conformer layers, quantised input, ...).
-    """
-    if options.get("encoder"):
-        return EncoderConfig.from_json(str(options["encoder"]))
-    for name, expected in (("layer_type", "transformer"), ("quantize_input", False), ("conv_pos_batch_norm", False)):
-        value = options.get(name, expected)
-        if value not in (expected, None):
-            raise ValueError(f"`{name}` = {value!r} is not supported by s3distill's encoder; it must be {expected!r}")
-    values = {
-        name: default if options.get(name) is None else getattr(options[name], "value", options[name])
-        for name, default in _DEFAULTS.items()
-    }
-    conv_layers = parse_conv_layers(str(values["conv_feature_layers"]))
-    dim, heads = int(values["encoder_embed_dim"]), int(values["encoder_attention_heads"])
-    if dim % heads != 0:
-        raise ValueError(f"`encoder_embed_dim` ({dim}) must be a multiple of `encoder_attention_heads` ({heads})")
-    return EncoderConfig(
-        conv_layers=conv_layers,
-        embed_dim=dim,
-        layers=uniform_layers(int(values["encoder_layers"]), heads, dim // heads, int(values["encoder_ffn_embed_dim"])),
-        extractor_mode=str(values["extractor_mode"]),
-        conv_bias=bool(values["conv_bias"]),
-        layer_norm_first=bool(values["layer_norm_first"]),
-        project_features=family == "data2vec_audio" or conv_layers[-1].channels != dim,
-        activation=str(values["activation_fn"]),
-        pos_conv_kernel=int(values["conv_pos"]),
-        pos_conv_groups=int(values["conv_pos_groups"]),
-        pos_conv_depth=int(values["pos_conv_depth"]),
-    )
-
-
 def parse_checkpoint(state: Mapping[str, Any], name: str = "the checkpoint") -> ParsedCheckpoint:
-    """Takes apart a fairseq checkpoint of a supported encoder, pre-trained or fine-tuned, ``cfg``- or ``args``-style.
+    """Takes apart a checkpoint of a supported encoder, pre-trained or fine-tuned.
+
+    fairseq's with ``cfg`` or ``args``, WavLM's with its options flat in ``cfg``, or a folder as `compat.load_checkpoint`
+    reads it.
 
     Args:
         state: plain containers and tensors (see `s3distill.compat.load_checkpoint`).
@@ -121,6 +81,8 @@ def parse_checkpoint(state: Mapping[str, Any], name: str = "the checkpoint") -> 
 
 
 def _parse(state: Mapping[str, Any], name: str) -> ParsedCheckpoint:
+    if "huggingface" in state:
+        state = from_huggingface(state, name)
     weights = state.get("model")
     if not isinstance(weights, Mapping) or not weights:
         raise ValueError(
@@ -159,6 +121,7 @@ def _parse(state: Mapping[str, Any], name: str) -> ParsedCheckpoint:
         encoder_state=encoder_state,
         normalize=bool(encoder_options.get("normalize", False) if normalize is None else normalize),
         head_state=head_state if {"weight", "bias"} <= set(head_state) else None,
+        pooled=model_name in POOLED_MODELS,
         extra_state={k: v for k, v in extra_state.items() if not k.startswith("w2v_encoder.proj.")},
         scores=scores,
         symbols=_symbols(state),
@@ -169,10 +132,12 @@ def _parse(state: Mapping[str, Any], name: str) -> ParsedCheckpoint:
 
 
 def _options(state: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Model and task options of a ``cfg``- (nested) or ``args``-style (flat) checkpoint."""
+    """Model and task options of a checkpoint with ``cfg`` (nested, or WavLM's: flat) or ``args`` (flat)."""
     cfg = state.get("cfg")
     if isinstance(cfg, Mapping) and isinstance(cfg.get("model"), Mapping):
         return dict(cfg["model"]), dict(cfg.get("task") or {})
+    if isinstance(cfg, Mapping) and "encoder_layers" in cfg:  # WavLM's files: the options stand in `cfg` itself
+        return {"_name": "wavlm", **cfg}, dict(cfg)
     args = state.get("args")
     if isinstance(args, Mapping):
         return {**args, "_name": args.get("arch")}, dict(args)
@@ -204,7 +169,7 @@ def _split_weights(weights: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
             continue  # e.g. data2vec's "_ema", a dict of the pre-training teacher
         inner = key.removeprefix(prefix)
         if key.startswith(prefix) and inner.startswith(PARAMETER_PREFIXES):
-            encoder[inner] = value
+            encoder[_MOVED.get(inner, inner)] = value
         else:
             extra[key] = value
     return encoder, extra
@@ -220,4 +185,6 @@ def _symbols(state: Mapping[str, Any]) -> list[str] | None:
         dictionary = task_state.get("target_dictionary")
         if isinstance(dictionary, Mapping) and "symbols" in dictionary:
             return [str(s) for s in dictionary["symbols"]]
+        if task_state.get("classes") is not None:
+            return [str(name) for name in task_state["classes"]]
     return None

@@ -35,6 +35,9 @@ class LayerConfig:
 
     ``attention=False`` means that the whole sub-layer is gone, bias included; ``num_heads=0`` with ``attention=True``
     leaves the constant ``out_proj.bias``. The same goes for ``ffn`` and ``ffn_dim``.
+
+    ``position_heads`` says which heads of the unpruned model these are, one number per head, where the encoder has a shared
+    position bias (WavLM): its column of the bias and its slice of the residual stream belong to a head. None without a bias.
     """
 
     num_heads: int
@@ -42,11 +45,12 @@ class LayerConfig:
     ffn_dim: int
     attention: bool = True
     ffn: bool = True
+    position_heads: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Shape and numerics of a wav2vec 2.0 / HuBERT / data2vec-audio encoder.
+    """Shape and numerics of a wav2vec 2.0 / HuBERT / data2vec-audio / WavLM encoder.
 
     Args:
         conv_layers: the waveform extractor, first layer first.
@@ -59,6 +63,9 @@ class EncoderConfig:
             weight-normed conv, a larger depth is data2vec's stack of ``depth`` plain convs with an affine-free LayerNorm.
         group_norm_over_padding: take the GroupNorm statistics over padded samples too, as fairseq does. False counts
             valid samples only, so that padding never changes a result.
+        position_buckets, position_max_distance, position_heads: WavLM's relative position bias, which all layers share:
+            buckets of distances (0 = no bias), the distance in frames from which all share the last bucket, and the
+            columns, one per head of the unpruned model.
     """
 
     conv_layers: tuple[ConvLayerConfig, ...]
@@ -73,6 +80,9 @@ class EncoderConfig:
     pos_conv_groups: int = 16
     pos_conv_depth: int = 1
     group_norm_over_padding: bool = False
+    position_buckets: int = 0
+    position_max_distance: int = 800
+    position_heads: int = 0
 
     def __post_init__(self) -> None:
         _require(len(self.conv_layers) > 0, "`conv_layers` must name at least one layer, but is empty")
@@ -103,6 +113,37 @@ class EncoderConfig:
             _require(
                 min(layer.num_heads, layer.ffn_dim) >= 0 and layer.head_dim > 0,
                 f"layer {i} must have num_heads >= 0, head_dim > 0 and ffn_dim >= 0, but is {layer}",
+            )
+        if self.position_buckets == 0:
+            biased = [i for i, layer in enumerate(self.layers) if layer.position_heads is not None]
+            _require(
+                self.position_heads == 0 and not biased,
+                f"without `position_buckets` there is no position bias, so `position_heads` must be left out, but is "
+                f"{self.position_heads} and set in layers {biased}",
+            )
+        else:
+            self._check_position_bias()
+
+    def _check_position_bias(self) -> None:
+        # a quarter of the buckets are single distances, the others are logarithmic up to the maximum
+        _require(
+            self.position_buckets >= 4 and self.position_max_distance > self.position_buckets // 4,
+            f"`position_buckets` must be 0 or at least 4, and `position_max_distance` more than a quarter of it, but they are "
+            f"{self.position_buckets} and {self.position_max_distance}",
+        )
+        _require(
+            self.position_heads > 0 and self.embed_dim % self.position_heads == 0,
+            f"`embed_dim` ({self.embed_dim}) must be a multiple of `position_heads`, the heads of the unpruned model, but that is "
+            f"{self.position_heads}",
+        )
+        for i, layer in enumerate(self.layers):
+            heads = layer.position_heads
+            _require(
+                heads is not None
+                and len(heads) == len(set(heads)) == layer.num_heads
+                and all(0 <= head < self.position_heads for head in heads),
+                f"`position_heads` of layer {i} must name a different column of the position bias, 0 to {self.position_heads - 1}, "
+                f"for each of its {layer.num_heads} heads, but is {heads}",
             )
 
     @property
@@ -150,7 +191,7 @@ class EncoderConfig:
             )
         fields = dict(values)
         fields["conv_layers"] = tuple(ConvLayerConfig(**c) for c in fields["conv_layers"])
-        fields["layers"] = tuple(LayerConfig(**layer) for layer in fields["layers"])
+        fields["layers"] = tuple(_layer_from_dict(layer) for layer in fields["layers"])
         return cls(**fields)
 
     @classmethod
@@ -196,9 +237,17 @@ class MaskConfig:
     mask_dropout: float = 0.0
 
 
-def uniform_layers(num_layers: int, num_heads: int, head_dim: int, ffn_dim: int) -> tuple[LayerConfig, ...]:
-    """``num_layers`` equal Transformer layers."""
-    return (LayerConfig(num_heads=num_heads, head_dim=head_dim, ffn_dim=ffn_dim),) * num_layers
+def uniform_layers(
+    num_layers: int, num_heads: int, head_dim: int, ffn_dim: int, position_bias: bool = False
+) -> tuple[LayerConfig, ...]:
+    """``num_layers`` equal, unpruned Transformer layers; ``position_bias`` = the encoder has a shared one."""
+    heads = tuple(range(num_heads)) if position_bias else None
+    return (LayerConfig(num_heads=num_heads, head_dim=head_dim, ffn_dim=ffn_dim, position_heads=heads),) * num_layers
+
+
+def _layer_from_dict(values: Mapping[str, Any]) -> LayerConfig:
+    heads = values.get("position_heads")
+    return LayerConfig(**{**values, "position_heads": None if heads is None else tuple(heads)})
 
 
 def parse_conv_layers(text: str) -> tuple[ConvLayerConfig, ...]:

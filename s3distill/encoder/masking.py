@@ -151,12 +151,32 @@ def mask_frames(
         return x, None
     batch, frames, _ = x.shape
     sizes = [frames] * batch if padding_mask is None else (~padding_mask).sum(-1).tolist()
+    masked = draw_frame_mask(sizes, frames, config, _row_generators(batch)).to(x.device)
+    return replace_frames(x, mask_emb, masked), masked
+
+
+def replace_frames(x: Tensor, mask_emb: Tensor, masked: Tensor) -> Tensor:
+    """``mask_emb`` [C] where ``masked`` [B, T] is True, ``x`` [B, T, C] elsewhere."""
+    return torch.where(masked[:, :, None], mask_emb.to(x.dtype), x)
+
+
+def draw_frame_mask(sizes: Sequence[int], width: int, config: MaskConfig, rngs: Sequence[Generator]) -> Tensor:
+    """Random spans of frames, at least two per row.
+
+    Args:
+        sizes: valid frames per row.
+        width: frames per row, padding included.
+        rngs: one generator per row. A row's mask depends on its own generator and size only, unless
+            ``config.require_same_masks`` evens the rows out.
+    Returns:
+        [rows, width] bool on the CPU, True = masked.
+    """
     mask = span_mask(
         sizes,
-        frames,
+        width,
         config.mask_prob,
         config.mask_length,
-        _row_generators(batch),
+        rngs,
         config.mask_selection,
         config.mask_other,
         min_masks=2,
@@ -165,5 +185,4 @@ def mask_frames(
         require_same_masks=config.require_same_masks,
         mask_dropout=config.mask_dropout,
     )
-    masked = torch.from_numpy(mask).to(x.device)
-    return torch.where(masked[:, :, None], mask_emb.to(x.dtype), x), masked
+    return torch.from_numpy(mask)

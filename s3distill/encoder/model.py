@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from s3distill.encoder.attention import bert_linear
 from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
 from s3distill.encoder.conv import ConvExtractor
 from s3distill.encoder.layers import LayerNorm, scale_gradient
-from s3distill.encoder.masking import mask_channels, mask_frames
+from s3distill.encoder.masking import draw_frame_mask, mask_channels, mask_frames, replace_frames
 from s3distill.encoder.transformer import Transformer
 from s3distill.gates.values import GateValues
 
@@ -72,6 +74,7 @@ class SpeechEncoder(nn.Module):
         mask: bool = False,
         gates: GateValues | None = None,
         num_layers: int | None = None,
+        masked: Tensor | None = None,
     ) -> EncoderOutput:
         """Encodes a batch.
 
@@ -81,6 +84,7 @@ class SpeechEncoder(nn.Module):
             mask: apply time and channel masks.
             gates: values of the L0 gates, or None.
             num_layers: run only that many Transformer layers; None runs all.
+            masked: [B, T], True = this frame is replaced by the mask embedding, as `draw_masks` gives it; instead of ``mask``.
         Raises:
             ValueError: a waveform is shorter than one frame.
         """
@@ -97,8 +101,9 @@ class SpeechEncoder(nn.Module):
 
         x = features if self.post_extract_proj is None else self.post_extract_proj(features)
         x = F.dropout(x, self.training_config.dropout_input, self.training)
-        masked = None
-        if mask:
+        if masked is not None:
+            x = replace_frames(x, self.mask_emb, masked)
+        elif mask:
             if self.masking.mask_channel_before:
                 x = mask_channels(x, self.masking)
             x, masked = mask_frames(x, self.mask_emb, frame_mask, self.masking)
@@ -109,6 +114,25 @@ class SpeechEncoder(nn.Module):
         if self.config.layer_norm_first and (num_layers is None or num_layers >= self.config.num_layers):
             x = self.encoder.layer_norm(x)
         return EncoderOutput(x, hidden_states, ffn_outputs, features, frame_mask, masked)
+
+    def draw_masks(self, source: Tensor, padding_mask: Tensor | None, seeds: Sequence[Sequence[int]]) -> Tensor:
+        """Time masks for ``forward(masked=...)`` of this encoder, or of several that cut audio into the same frames.
+
+        Args:
+            source: [B, S], of which only the length counts.
+            padding_mask: [B, S], True = padding, or None.
+            seeds: what decides the mask of each row, besides its number of frames and `masking`.
+        Returns:
+            [B, T] bool, True = masked; never a padded frame.
+        Raises:
+            ValueError: a waveform is shorter than one frame.
+        """
+        lengths = _valid_lengths(source, padding_mask)
+        self._check_lengths(source, lengths)
+        width = int(self.config.num_frames(source.shape[1]))
+        sizes = [width] * len(source) if lengths is None else self.config.num_frames(lengths).tolist()
+        rngs = [np.random.default_rng(list(seed)) for seed in seeds]
+        return draw_frame_mask(sizes, width, self.masking, rngs).to(source.device)
 
     def _extract(
         self, source: Tensor, lengths: Tensor | None, gates: tuple[Tensor | None, ...] | None

@@ -12,6 +12,8 @@ from s3distill.encoder.attention import bert_linear
 from s3distill.encoder.checkpoint import ParsedCheckpoint
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.gates.gate_set import GateSet
+from s3distill.masks.network import mean_over_frames
+from s3distill.masks.state import baked
 
 
 @dataclass
@@ -22,7 +24,7 @@ class SpeechOutput:
         hidden_states: L+1 tensors [B, T, C]; 0 = what enters the first layer, i = output of layer i.
         padding_mask: [B, T], True = padding, or None when nothing is padded.
         x: the encoder's output, [B, T, C] (behind the final LayerNorm of pre-LN models).
-        logits: [B, T, V] where the checkpoint has a CTC head, else None.
+        logits: [B, T, V] where the checkpoint has a CTC head, [B, V] where it classifies utterances, else None.
     """
 
     hidden_states: list[Tensor]
@@ -32,18 +34,24 @@ class SpeechOutput:
 
 
 class SpeechModel(nn.Module):
-    """An encoder with its waveform normalisation and, where there is one, its CTC head.
+    """An encoder with its waveform normalisation and, where there is one, its head.
+
+    Masks of S3-Router are multiplied into the weights: a masked model costs what its dense one does.
 
     Attributes:
         encoder: the `SpeechEncoder`.
-        head: CTC head, Linear [C -> V], or None.
-        symbols: dictionary of the head (index = position), or None.
+        head: Linear [C -> V], or None.
+        pooled: whether the head classifies utterances, and not frames (CTC).
+        symbols: dictionary or classes of the head (index = position), or None.
         gates: L0 gates of a student that was not pruned yet, or None; they act as in its own evaluation mode.
         normalize: whether waveforms are normalised per utterance, as the model was trained.
     """
 
+    pooled: bool = False
+
     def __init__(self, checkpoint: ParsedCheckpoint, name: str = "the checkpoint") -> None:
         super().__init__()
+        checkpoint = baked(checkpoint, name)
         self.encoder = SpeechEncoder(checkpoint.config)
         self.encoder.load_encoder_state(checkpoint.encoder_state, name)
         self.head: nn.Linear | None = None
@@ -51,6 +59,7 @@ class SpeechModel(nn.Module):
             num_symbols, width = checkpoint.head_state["weight"].shape
             self.head = bert_linear(width, num_symbols)
             self.head.load_state_dict(checkpoint.head_state)
+        self.pooled = checkpoint.pooled
         self.gates: GateSet | None = None
         gate_state = {k.partition("gates.")[2]: v for k, v in checkpoint.extra_state.items() if "gates." in k}
         if gate_state:
@@ -92,7 +101,9 @@ class SpeechModel(nn.Module):
         elif padding_mask is not None:
             waveforms = waveforms.masked_fill(padding_mask, 0)
         out = self.encoder(waveforms, padding_mask, gates=None if self.gates is None else self.gates.deterministic())
-        logits = None if self.head is None else self.head(out.x)
+        logits = None
+        if self.head is not None:
+            logits = self.head(mean_over_frames(out.x, out.padding_mask) if self.pooled else out.x)
         return SpeechOutput(out.hidden_states, out.padding_mask, out.x, logits)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from s3distill.encoder.checkpoint import ParsedCheckpoint
 from s3distill.encoder.config import EncoderConfig
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.speech_model import normalize_waveforms
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,7 +23,11 @@ class Teacher:
     Attributes:
         config: shape of the whole teacher, also when only its lower layers are kept.
         normalize: whether its waveforms are normalised.
+        normalizes_itself: whether `hidden_states` takes waveforms as they were read and normalises them over their valid
+            samples; else they come as the teacher was trained on them.
     """
+
+    normalizes_itself = False
 
     def __init__(self, checkpoint: ParsedCheckpoint, dtype: str = "float32", name: str = "the teacher") -> None:
         if dtype not in DTYPES:
@@ -45,21 +50,24 @@ class Teacher:
             )
 
     def hidden_states(
-        self, source: Tensor, padding_mask: Tensor | None, layers: Sequence[int]
+        self, source: Tensor, padding_mask: Tensor | None, layers: Sequence[int], masked: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
         """Hidden states of ``layers``, as deep as the deepest of them.
 
         Args:
             source: [B, S], 16 kHz.
             padding_mask: [B, S], True = padding, or None.
+            masked: [B, T], True = the frame is replaced by the teacher's own mask embedding; None: it hears everything.
         Returns:
             per layer [B, T, C] float32, and the frame padding mask [B, T] or None.
         """
         self.check_layers(layers)
         if next(self._encoder.parameters()).device != source.device:
             self._encoder.to(source.device)
+        if self.normalizes_itself:
+            source = normalize_waveforms(source.float(), padding_mask)
         with torch.inference_mode():
-            out = self._encoder(source.to(self.dtype), padding_mask, num_layers=max(layers))
+            out = self._encoder(source.to(self.dtype), padding_mask, num_layers=max(layers), masked=masked)
         # cloned outside of inference mode: losses save their targets for the backward pass
         states = [out.hidden_states[layer].clone().float() for layer in layers]
         return states, None if out.padding_mask is None else out.padding_mask.clone()

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from s3distill.encoder.attention import SelfAttention, attention_mask_from_padding, bert_linear
 from s3distill.encoder.config import EncoderConfig, LayerConfig, TrainingConfig
 from s3distill.encoder.layers import LayerNorm, activation_function
+from s3distill.encoder.position_bias import RelativePositionBias
 from s3distill.gates.values import GateValues
 
 
@@ -99,7 +100,14 @@ class TransformerLayer(nn.Module):
         self.fc2: nn.Linear | None = None
         self.final_layer_norm: LayerNorm | None = None
         if layer.attention:
-            self.self_attn = SelfAttention(dim, layer.num_heads, layer.head_dim, training.attention_dropout)
+            self.self_attn = SelfAttention(
+                dim,
+                layer.num_heads,
+                layer.head_dim,
+                training.attention_dropout,
+                layer.position_heads,
+                config.position_heads,
+            )
         if layer.attention or not self.layer_norm_first:
             self.self_attn_layer_norm = LayerNorm(dim)
         if layer.ffn:
@@ -115,16 +123,18 @@ class TransformerLayer(nn.Module):
         ffn_gate: Tensor | None = None,
         attention_gate: Tensor | None = None,
         ffn_layer_gate: Tensor | None = None,
+        position_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C] -> (x [B, T, C], output of the FFN before the residual [B, T, C]).
 
         Gates: ``head_gate`` [H], ``ffn_gate`` [F], ``attention_gate`` and ``ffn_layer_gate`` [] (whole sub-layers, bias included).
+        ``position_bias`` is the encoder's, [H_unpruned, T, T].
         """
         residual = x
         if self.self_attn is not None:
             assert self.self_attn_layer_norm is not None
             inner = self.self_attn_layer_norm(x) if self.layer_norm_first else x
-            inner = self.self_attn(inner, attention_mask, head_gate)
+            inner = self.self_attn(inner, attention_mask, head_gate, position_bias)
             if attention_gate is not None:
                 inner = inner * attention_gate.to(inner.dtype)
             x = residual + F.dropout(inner, self.dropout, self.training)
@@ -151,7 +161,10 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Positional convolution and layers, under fairseq's keys (``pos_conv``, ``layers.N``, ``layer_norm``)."""
+    """Positional convolution and layers, under fairseq's keys (``pos_conv``, ``layers.N``, ``layer_norm``).
+
+    The position bias of a WavLM is computed once per pass, for all layers.
+    """
 
     def __init__(self, config: EncoderConfig, training: TrainingConfig) -> None:
         super().__init__()
@@ -161,6 +174,11 @@ class Transformer(nn.Module):
         self.pos_conv = PositionalConv(config)
         self.layers = nn.ModuleList(TransformerLayer(config, layer, training) for layer in config.layers)
         self.layer_norm = LayerNorm(config.embed_dim)
+        self.relative_attention_bias: RelativePositionBias | None = None
+        if config.position_buckets > 0:
+            self.relative_attention_bias = RelativePositionBias(
+                config.position_buckets, config.position_max_distance, config.position_heads
+            )
 
     def forward(
         self,
@@ -186,6 +204,7 @@ class Transformer(nn.Module):
             x = self.layer_norm(x)
         x = F.dropout(x, self.dropout, self.training)
         attention_mask = attention_mask_from_padding(padding_mask)
+        position_bias = None if self.relative_attention_bias is None else self.relative_attention_bias.bias(x.shape[1])
         hidden_states, ffn_outputs = [x], []
         for i, layer in enumerate(self.layers[:num_layers]):
             # torch's generator is seeded per update by the trainer, so a resumed run drops the same layers
@@ -193,7 +212,7 @@ class Transformer(nn.Module):
                 hidden_states.append(x)
                 ffn_outputs.append(torch.zeros_like(x))
                 continue
-            inputs = (x, attention_mask, *(gates.layer(i) if gates is not None else (None,) * 4))
+            inputs = (x, attention_mask, *(gates.layer(i) if gates is not None else (None,) * 4), position_bias)
             if self.checkpoint_activations and self.training:
                 x, ffn_output = checkpoint(layer, *inputs, use_reentrant=False)
             else:

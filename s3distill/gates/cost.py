@@ -34,6 +34,9 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
         attention   p_a (3 (d + 1) h e + (h e + 1) d)
         ffn         p_f ((d + 1) f + (f + 1) d)
 
+    A WavLM with n buckets and H heads before pruning adds n H for its position bias, which is never cut, and to each
+    attention p_a (h + 8 (d / H + 1)) for the gate of the bias.
+
     Products of expectations are the expectations of the products, since gates are independent of each other. A post-LN
     layer keeps both LayerNorms (4 d) without its sub-layers, in a pre-LN layer each goes with its sub-layer.
     """
@@ -52,6 +55,9 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
         inner = counts.heads[i] * layer.head_dim
         has_attention, has_ffn = counts.attention_layers[i], counts.ffn_layers[i]
         attention = attention + has_attention * (3 * (dim + 1) * inner + (inner + 1) * dim)
+        if config.position_buckets > 0:
+            gate = 8 * (dim // config.position_heads + 1)
+            attention = attention + has_attention * (counts.heads[i] + gate)
         ffn = ffn + has_ffn * ((dim + 1) * counts.ffn[i] + (counts.ffn[i] + 1) * dim)
         norms = norms + (2 * dim * (has_attention + has_ffn) if config.layer_norm_first else 4 * dim)
     depth, kernel = config.pos_conv_depth, pos_conv_kernel(config)
@@ -61,6 +67,7 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
         "projection": (channels_in + 1) * dim if config.project_features else 0,
         "mask_emb": dim,
         "pos_conv": pos_conv + (kernel if depth == 1 else 0),  # weight_g [1, 1, K] of the weight norm
+        "position_bias": config.position_buckets * config.position_heads,
         "attention": attention,
         "ffn": ffn,
         "norms": norms,
@@ -80,8 +87,9 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
     """Multiply-accumulates of one utterance, by part.
 
     With T_i frames behind conv layer i and T = T_last: conv sum_i c_{i-1} c_i k_i T_i, projection c_last d T,
-    positional conv depth * d (d / groups) k T, attention p_a (4 d h e T + 2 h e T^2), FFN p_f 2 d f T. Norms, biases,
-    activations and gates, which are linear in the width, are not counted. The positional conv with an even kernel makes
+    positional conv depth * d (d / groups) k T, attention p_a (4 d h e T + 2 h e T^2) and, for the gate of WavLM's position
+    bias, p_a 8 h (d / H) T, FFN p_f 2 d f T. Norms, biases, activations and gates, which are linear in the width, and
+    the position bias, which is looked up and added to the scores, are not counted. The positional conv with an even kernel makes
     one frame more than it keeps.
 
     Args:
@@ -107,6 +115,9 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
     for i, layer in enumerate(config.layers):
         inner = counts.heads[i] * layer.head_dim
         attention = attention + counts.attention_layers[i] * inner * (4 * dim * frames + 2 * frames * frames)
+        if config.position_buckets > 0:
+            gate = 8 * (dim // config.position_heads) * frames
+            attention = attention + counts.attention_layers[i] * counts.heads[i] * gate
         ffn = ffn + counts.ffn_layers[i] * counts.ffn[i] * (2 * dim * frames)
     kernel = pos_conv_kernel(config)
     pos_frames = frames + (1 - kernel % 2)

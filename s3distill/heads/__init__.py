@@ -2,5 +2,16 @@
 
 from s3distill.heads.layer_heads import INITS, MODES, SHARINGS, HeadsConfig, LayerHeads, parse_pairs
 from s3distill.heads.least_squares import least_squares
+from s3distill.heads.teacher_heads import TeacherHeads, parse_pairs_per_teacher
 
-__all__ = ["INITS", "MODES", "SHARINGS", "HeadsConfig", "LayerHeads", "least_squares", "parse_pairs"]
+__all__ = [
+    "INITS",
+    "MODES",
+    "SHARINGS",
+    "HeadsConfig",
+    "LayerHeads",
+    "TeacherHeads",
+    "least_squares",
+    "parse_pairs",
+    "parse_pairs_per_teacher",
+]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s3distill.losses.precision import at_least_float32
+
 COSINES = ("raw", "log_sig")
 
 
@@ -39,7 +41,7 @@ class LossWeights:
 
 
 class HiddenStateLoss(NamedTuple):
-    """Sums over valid frames, [] float32 each; divide by ``num_frames`` for means.
+    """Sums over valid frames, [] float32 each (float64 of such states); divide by ``num_frames`` for means.
 
     Attributes:
         total: the weighted sum of the three terms, differentiable.
@@ -65,7 +67,7 @@ def hidden_state_loss(
         g(x) = -x              (``raw``; Peng et al., 2023, DPHuBERT)
         g(x) = -log sigmoid(x) (``log_sig``; Chang et al., 2022, DistilHuBERT, eq. 1)
 
-    Everything is computed in float32. Padded frames are not read at all: whatever they hold, NaN included, the loss and
+    Everything is computed in float32 at least. Padded frames are not read at all: whatever they hold, NaN included, the loss and
     its gradient are those of the unpadded utterances. A sum, not a mean: fairseq divides gradients by the sample size
     (the valid frames) summed over ranks.
 
@@ -86,7 +88,7 @@ def hidden_state_loss(
         # picked, not multiplied by 0: 0 * NaN is NaN
         valid = ~padding_mask
         prediction, target = prediction[valid], target[valid]  # [B, T, C] -> [N, C]
-    prediction, target = prediction.float(), target.float()
+    prediction, target = at_least_float32(prediction), at_least_float32(target)
 
     difference = prediction - target
     l1 = difference.abs().mean(-1).sum()

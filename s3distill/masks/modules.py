@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ class Masked(nn.Module):
     ``scores`` stay float32 when the model is cast (in float16 a matrix of 2.4 million scores has 10,000 distinct values).
     """
 
+    weight_names: ClassVar[tuple[str, ...]] = ("weight",)  # of the parameters behind the weight
     scores: nn.Parameter
     rule: MaskRule
 
@@ -77,7 +78,7 @@ class Masked(nn.Module):
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """The parameters behind `dense_weight`."""
-        raise NotImplementedError
+        return [getattr(self, name) for name in self.weight_names]
 
     def unmasked(self, weight: Tensor) -> nn.Module:
         """The plain module with this weight [out, in, ...] in place of the masked one."""
@@ -95,7 +96,7 @@ class Masked(nn.Module):
         return select(self.scores, self.rule.density, self.rule.pattern).expand(self.dense_weight().shape)
 
     def masked_weight(self) -> Tensor:
-        """W * mask, [out, in, ...]; with gradients for scores and weight where they learn."""
+        """W * mask, [out, in, ...]; with gradients for scores and weight where they learn. The next update overwrites it."""
         self._refresh()
         assert self._masked is not None
         if not torch.is_grad_enabled() or not (self.scores.requires_grad or self._weight_learns()):
@@ -107,9 +108,14 @@ class Masked(nn.Module):
 
     def _current_state(self) -> tuple[Any, ...]:
         """Changes whenever the masked weight might have to be computed again."""
-        tensors = [self.scores, *self.weight_parameters()]
-        learns = any(t.requires_grad for t in tensors)
-        versions = tuple((t._version, t.data_ptr(), t.dtype, t.requires_grad) for t in tensors)
+        # every forward comes here: attributes of a module and generators would take four times as long
+        parameters: dict[str, Any] = self._parameters
+        tensors: list[Tensor] = [parameters[name] for name in ("scores", *self.weight_names)]
+        learns = any([t.requires_grad for t in tensors])
+        # a tensor that was made in inference mode has no version: nothing equals the object that stands for it
+        versions = [
+            (object() if t.is_inference() else t._version, t.data_ptr(), t.dtype, t.requires_grad) for t in tensors
+        ]
         return (_optimizer_steps if learns else 0, self.rule, *versions)
 
     def _refresh(self) -> None:
@@ -120,11 +126,13 @@ class Masked(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             weight = self.dense_weight()
             mask = select(self.scores, self.rule.density, self.rule.pattern)
-            self._masked = weight * mask
+            self._state = ()  # whatever happens from here on, what is overwritten is of no state
+            # bytes and in two steps: a product of float and bool takes three times as long on the CPU
+            self._masked = _storage(self._masked, weight).copy_(mask.view(torch.uint8)).mul_(weight)
             self._mask = mask if self._weight_learns() else None
-            self._slope = None
+            slope, self._slope = self._slope, None
             if self.scores.requires_grad:
-                self._slope = score_slope(self.scores, weight, self.rule.ste_sigmoid).to(weight.dtype)
+                self._slope = score_slope(self.scores, weight, self.rule.ste_sigmoid, out=_storage(slope, weight))
         self._state = state
         self.num_refreshes += 1
 
@@ -152,9 +160,6 @@ class MaskedLinear(Masked, nn.Linear):
 
     def dense_weight(self) -> Tensor:
         return self.weight
-
-    def weight_parameters(self) -> list[nn.Parameter]:
-        return [self.weight]  # type: ignore[list-item]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.masked_weight(), self.bias)
@@ -184,9 +189,6 @@ class MaskedConv1d(Masked, nn.Conv1d):
     def dense_weight(self) -> Tensor:
         return self.weight
 
-    def weight_parameters(self) -> list[nn.Parameter]:
-        return [self.weight]  # type: ignore[list-item]
-
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.masked_weight(), self.bias)
 
@@ -203,6 +205,8 @@ class MaskedConv1d(Masked, nn.Conv1d):
 class MaskedWeightNormConv(Masked, WeightNormConv):
     """The positional convolution, masked on its effective weight g * v / ||v||, which is computed from g and v as they are now."""
 
+    weight_names = ("weight_g", "weight_v")
+
     def __init__(self, dense: WeightNormConv, rule: MaskRule, name: str = "the positional convolution") -> None:
         nn.Module.__init__(self)
         self.kernel, self.groups = dense.kernel, dense.groups
@@ -211,9 +215,6 @@ class MaskedWeightNormConv(Masked, WeightNormConv):
 
     def dense_weight(self) -> Tensor:
         return WeightNormConv.weight.__get__(self)
-
-    def weight_parameters(self) -> list[nn.Parameter]:
-        return [self.weight_g, self.weight_v]
 
     @property
     def weight(self) -> Tensor:
@@ -229,6 +230,18 @@ class MaskedWeightNormConv(Masked, WeightNormConv):
         # a kernel position with nothing left has g = 0 and any direction but 0 / 0
         plain.weight_v = nn.Parameter(torch.where(norm > 0, weight, torch.ones_like(weight)))
         return plain
+
+
+def _storage(old: Tensor | None, like: Tensor) -> Tensor:
+    """A tensor to write to, shaped as ``like``: ``old`` where it fits, since new pages cost as much as what is written to them.
+
+    A backward pass that still needs what was there raises: autograd saves a tensor with its version. A copy of a module that
+    was made in inference mode has no versions, and cannot be written to later.
+    """
+    if old is None or old.is_inference():
+        return torch.empty_like(like)
+    fits = (old.shape, old.dtype, old.device) == (like.shape, like.dtype, like.device)
+    return old if fits else torch.empty_like(like)
 
 
 def _with_weight(plain: nn.Linear | nn.Conv1d, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterator
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
 from s3distill.encoder.model import EncoderOutput, SpeechEncoder
+from s3distill.masks.magnitude import MagnitudePruning
 from s3distill.masks.modules import Masked, bake, mask_module, masked_modules
 from s3distill.masks.options import ENCODER, HEAD, MaskOptions
 
@@ -46,12 +48,15 @@ class MaskedNetwork(nn.Module):
         nn.init.zeros_(self.proj.bias)
         self.pool, self.final_dropout = pool, final_dropout
         self.options: MaskOptions | None = None
+        self.magnitude: MagnitudePruning | None = None
 
     def add_masks(self, options: MaskOptions) -> None:
         """Masks the modules that ``options`` name, starts their scores from the present weights and freezes what does not learn."""
         for name, rule in options.rules(self.w2v_model.config).items():
             mask_module(self, name, rule)
         self.options = options
+        if not options.learns_scores:
+            self.magnitude = MagnitudePruning(self.masked_modules(), options.schedule(), options.prune_method == "parp")
         self.reset_scores()
         choose_trainable(self, options)
 
@@ -65,6 +70,9 @@ class MaskedNetwork(nn.Module):
         Noise depends on torch's seed and the module's name alone: the ranks of a distributed run start with the same masks.
         """
         assert self.options is not None
+        if self.magnitude is not None:
+            self.magnitude.start()
+            return
         for name, module in self.masked_modules().items():
             if names is None or name in names:
                 generator = torch.Generator().manual_seed(torch.initial_seed() % 2**32 + zlib.crc32(name.encode()))
@@ -88,8 +96,28 @@ class MaskedNetwork(nn.Module):
         x = mean_over_frames(out.x, out.padding_mask) if self.pool else out.x
         return self.proj(F.dropout(x, self.final_dropout, self.training)), out
 
+    def prune(self, num_updates: int) -> None:
+        """In front of each training forward: what `MagnitudePruning` has to do after ``num_updates`` updates, if it is used."""
+        if self.magnitude is not None:
+            self.magnitude.prune(num_updates)
+
+    def train(self, mode: bool = True) -> Self:
+        changes = mode != self.training
+        super().train(mode)
+        if changes and self.magnitude is not None:
+            self.magnitude.show(mode)
+        return self
+
+    def state_dict(self, *values: Any, **options: Any) -> Any:
+        if self.magnitude is not None:
+            self.magnitude.refresh()
+        return super().state_dict(*values, **options)
+
     def bake(self) -> int:
         """Multiplies the masks into the weights, see `modules.bake`; returns the number of masks."""
+        if self.magnitude is not None:
+            self.magnitude.show(training=False)
+            self.magnitude = None
         return bake(self)
 
 
@@ -102,12 +130,12 @@ def mean_over_frames(x: Tensor, padding_mask: Tensor | None) -> Tensor:
 
 
 def choose_trainable(network: MaskedNetwork, options: MaskOptions) -> None:
-    """Freezes every parameter but the scores, `mask_emb` and what the ``trainable_*`` options and ``co_train`` keep.
+    """Freezes every parameter but the scores, `mask_emb` and what the ``trainable_*`` options, ``co_train`` and ``prune_method`` keep.
 
     Modules are matched by their exact place, so ``trainable_proj`` means the head and not the attention's projections.
     """
     masked = network.masked_modules()
-    network.requires_grad_(options.co_train)
+    network.requires_grad_(options.weights_learn)
     network.w2v_model.mask_emb.requires_grad_(True)
     for name, module in network.named_modules():
         if _stays_trainable(name, name in masked, options):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s3distill.encoder.config import EncoderConfig
+from s3distill.masks.magnitude import METHODS, PruningSchedule
 from s3distill.masks.modules import MaskRule
 from s3distill.masks.scores import INITS
 from s3distill.masks.selection import PATTERNS
@@ -55,6 +56,9 @@ class MaskOptions:
     fix_mask_before: int = 0
     load_mask_only: bool = False
     load_mask_before: int = 0
+    prune_method: str = "s3_router"
+    prune_interval: int | None = None
+    prune_steps: int | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MaskOptions:
@@ -66,7 +70,7 @@ class MaskOptions:
             value = values[f.name]
             if f.name.endswith("wise_prune_rate") or f.name == "fc_attn_prune_rate":
                 value = () if value is None else tuple(float(v) for v in value)
-            elif f.name in ("init_score", "linear_st_op", "mask_pattern"):
+            elif f.name in ("init_score", "linear_st_op", "mask_pattern", "prune_method"):
                 value = str(getattr(value, "value", value))
             picked[f.name] = value
         return cls(**picked)
@@ -109,6 +113,39 @@ class MaskOptions:
         for name in ("fix_mask_before", "load_mask_before"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` counts layers and must be at least 0, but is {getattr(self, name)}")
+        self._check_method()
+
+    def _check_method(self) -> None:
+        _require_choice("prune_method", self.prune_method, METHODS)
+        self.schedule()
+        if self.learns_scores:
+            return
+        if self.init_score not in (MaskOptions.init_score, "weight_magnitude_with_scale"):  # which ranks like |weight|
+            raise ValueError(
+                f"`init_score` is about learned scores, but is {self.init_score} with prune_method={self.prune_method}, whose scores are "
+                "|weight|; leave it out, or pass prune_method=s3_router"
+            )
+        for name in ("ste_sigmoid", "fix_mask", "fix_mask_before", "load_mask_only", "load_mask_before"):
+            value, default = getattr(self, name), getattr(MaskOptions, name)
+            if value != default:
+                raise ValueError(
+                    f"`{name}` is about learned scores, but is {value} with prune_method={self.prune_method}, whose scores are "
+                    f"|weight|; leave it at {default}, or pass prune_method=s3_router"
+                )
+
+    @property
+    def learns_scores(self) -> bool:
+        """S3-Router; the other methods take the magnitudes of the weights."""
+        return self.prune_method == "s3_router"
+
+    @property
+    def weights_learn(self) -> bool:
+        """``co_train``, and every method but S3-Router."""
+        return self.co_train or not self.learns_scores
+
+    def schedule(self) -> PruningSchedule:
+        """When ``omp``, ``imp`` and ``parp`` prune."""
+        return PruningSchedule.of(self.prune_method, self.prune_steps, self.prune_interval, self.pattern)
 
     @property
     def pattern(self) -> str:
@@ -180,7 +217,7 @@ class MaskOptions:
 
     def scores_learn(self, name: str) -> bool:
         """Whether the scores of a module learn: not with ``fix_mask``, nor below layer ``fix_mask_before`` (what is in front included)."""
-        if self.fix_mask:
+        if self.fix_mask or not self.learns_scores:
             return False
         return self.fix_mask_before == 0 or name == HEAD or layer_of(name) >= self.fix_mask_before
 

@@ -8,6 +8,7 @@ scores alone, not on the machine, the number of threads or the precision of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ PATTERNS = ("unstructured", "2:4", "rows", "columns")
 
 _SAMPLE = 16_384  # values that bracket the threshold; the bracket then holds about 1% of a matrix
 _SMALL = 4 * _SAMPLE  # below this a plain selection is as fast
+_NAN = (
+    "scores must be numbers, but hold NaN: the training diverged; take an earlier checkpoint and a lower learning rate"
+)
+_EXACT = 2**24  # every integer up to here is a float32
 _SIGMAS = 4.0  # half width of the bracket, in standard deviations of the sample's quantile
 
 
@@ -50,17 +55,15 @@ def keep_largest(values: Tensor, num_zeros: int) -> Tensor:
         return torch.ones_like(values, dtype=torch.bool)
     flat = values.reshape(-1)
     threshold = nth_smallest(flat, num_zeros)
-    mask = flat > threshold
-    missing = flat.numel() - num_zeros - int(torch.count_nonzero(mask))
-    if missing > 0:  # several values equal the threshold: the last of them stay
+    above = _flags(torch.gt, flat, threshold)
+    mask = above.to(torch.bool)
+    missing = flat.numel() - num_zeros - _count(above)
+    if missing != 0:  # several values equal the threshold: the last of them stay
         equal = (flat == threshold).nonzero()[:, 0]
-        if len(equal) >= missing:
-            mask[equal[-missing:]] = True
-            missing = 0
-    if missing != 0:
-        raise RuntimeError(
-            "scores must be numbers, but hold NaN: the training diverged; take an earlier checkpoint and a lower learning rate"
-        )
+        # below, equal and above are all there is, but for NaN
+        if int(torch.count_nonzero(flat < threshold)) + len(equal) != num_zeros + missing:
+            raise RuntimeError(_NAN)
+        mask[equal[-missing:]] = True
     return mask.view(values.shape)
 
 
@@ -79,17 +82,31 @@ def nth_smallest(values: Tensor, n: int) -> Tensor:
     first, last = math.floor(centre - width), math.ceil(centre + width)
     low = sample.kthvalue(first).values if first >= 1 else values.new_tensor(-math.inf)
     high = sample.kthvalue(last).values if last <= len(sample) else values.new_tensor(math.inf)
-    below = values < low
-    rank = n - int(torch.count_nonzero(below))
-    candidates = values[(values <= high) ^ below]
+    below = _flags(torch.lt, values, low)
+    rank = n - _count(below)
+    between = _flags(torch.le, values, high).sub_(below)
+    candidates = values[between.to(torch.bool)]
     if not 1 <= rank <= len(candidates):
         candidates, rank = values, n
     return candidates.kthvalue(rank).values
 
 
+def _flags(compare: Callable[..., Tensor], values: Tensor, border: Tensor) -> Tensor:
+    """The comparison as 0 and 1 in the type of ``values``, [N]: on a CPU three times as fast as one that gives bool."""
+    flags: Tensor = compare(values, border, out=torch.empty_like(values))
+    return flags
+
+
+def _count(flags: Tensor) -> int:
+    """How many of 0s and 1s are 1. Float32 adds them exactly up to 2^24, on a CPU several times as fast as integers."""
+    return sum(int(part.sum(dtype=torch.float32)) for part in flags.split(_EXACT))
+
+
 def _two_of_four(magnitudes: Tensor) -> Tensor:
     """Two of every four neighbours along the input dimension stay; [out, in, ...] with in * ... a multiple of 4."""
     check_pattern("2:4", magnitudes.shape)
+    if bool(magnitudes.isnan().any()):
+        raise RuntimeError(_NAN)
     quads = magnitudes.reshape(magnitudes.shape[0], -1, 4)  # [out, in, ...] -> [out, in / 4, 4]
     kept = []
     for i in range(4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 
@@ -56,7 +57,8 @@ def adopt_state(network: MaskedNetwork, state: Mapping[str, Tensor], masks_only:
         _copy({masked[name].scores: found[name] for name in wanted})
     else:
         network.reset_scores()
-        logger.info("scores of %d masks start from the loaded weights: %s", len(masked), options.init_score)
+        start = options.init_score if options.learns_scores else options.prune_method
+        logger.info("scores of %d masks start from the loaded weights: %s", len(masked), start)
 
 
 def _check_scores(masked: Mapping[str, object], wanted: list[str], found: Mapping[str, Tensor]) -> None:
@@ -97,6 +99,12 @@ def _load_weights(network: MaskedNetwork, state: Mapping[str, Tensor]) -> None:
             f"{unexpected[:3] or 'none'}, of another shape: {wrong[:3] or 'none'} ({len(missing)}, {len(unexpected)} and {len(wrong)} "
             "in all). A fine-tuned model must come from the same model.w2v_path and dictionary"
         )
+    broken = [name for name in own if not bool(given[name].isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"the checkpoint's weights must be finite, but {', '.join(broken[:3])} ({len(broken)} in all) hold NaN or infinity: the "
+            "training that wrote it diverged; take an earlier checkpoint"
+        )
     _copy({parameter: given[name] for name, parameter in own.items()})
 
 
@@ -126,9 +134,11 @@ def network_of(checkpoint: ParsedCheckpoint) -> MaskedNetwork:
     """
     if checkpoint.head_state is None:
         raise ValueError("the checkpoint has no head (w2v_encoder.proj); masks are trained with one")
-    network = MaskedNetwork(checkpoint.config, len(checkpoint.head_state["weight"]))
+    network = MaskedNetwork(checkpoint.config, len(checkpoint.head_state["weight"]), pool=checkpoint.pooled)
     if checkpoint.scores:
-        network.add_masks(MaskOptions.from_mapping({**checkpoint.model_options, "init_score": "zero"}))
+        # whatever made the scores, the mask is their top-k
+        method = {"init_score": "zero", "prune_method": "s3_router", "prune_interval": None, "prune_steps": None}
+        network.add_masks(MaskOptions.from_mapping({**checkpoint.model_options, **method}))
     state = {f"{ENCODER}.{name}": value for name, value in checkpoint.encoder_state.items()}
     state |= {f"proj.{name}": value for name, value in checkpoint.head_state.items()}
     state |= {f"{name}{SCORES}": value for name, value in checkpoint.scores.items()}
@@ -137,3 +147,22 @@ def network_of(checkpoint: ParsedCheckpoint) -> MaskedNetwork:
     else:
         _load_weights(network, state)
     return network.eval()
+
+
+def baked(checkpoint: ParsedCheckpoint, name: str = "the checkpoint") -> ParsedCheckpoint:
+    """The dense model that a masked checkpoint stands for, weights in float32; one without masks comes back as it is.
+
+    Args:
+        name: what messages call the file.
+    Raises:
+        ValueError: see `network_of`.
+    """
+    if not checkpoint.scores:
+        return checkpoint
+    try:
+        network = network_of(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"the masks of {name} cannot be read: {error}") from error
+    network.bake()
+    encoder, head = dict(network.w2v_model.state_dict()), dict(network.proj.state_dict())
+    return dataclasses.replace(checkpoint, encoder_state=encoder, head_state=head, scores={})

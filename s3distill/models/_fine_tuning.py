@@ -1,17 +1,24 @@
 """What fine-tuned models share: the backbone that ``w2v_path`` names, and fairseq's interface around encoder and head."""
 
 # no `from __future__ import annotations`: used by files whose config fields fairseq reads
+import logging
 from argparse import Namespace
 from dataclasses import dataclass, fields
 from typing import Any, Dict, Optional
 
+from fairseq.models import BaseFairseqModel
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from s3distill import compat
-from s3distill.encoder.checkpoint import config_from_options, parse_checkpoint
+from s3distill.encoder.checkpoint import FAMILIES, config_from_options, parse_checkpoint
 from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
-from s3distill.masks.network import MaskedNetwork
+from s3distill.masks.modules import kept_share
+from s3distill.masks.network import MaskedNetwork, check_something_learns, trained_names
+from s3distill.masks.options import HEAD, MaskOptions
+from s3distill.masks.state import adopt_state
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,7 +43,7 @@ def read_backbone(cfg: Any) -> Backbone:
             nested = vars(nested)
         options = nested["model"] if isinstance(nested.get("model"), dict) else nested
         name = str(options.get("_name") or options.get("arch") or "wav2vec2")
-        family = next((f for f in ("ssl_student", "data2vec_audio", "hubert") if name.startswith(f)), "wav2vec2")
+        family = next((f for f in FAMILIES if name.startswith(f)), "wav2vec2")
         return Backbone(config_from_options(options, family), None)
     parsed = parse_checkpoint(compat.load_checkpoint(cfg.w2v_path), cfg.w2v_path)
     if parsed.normalize != bool(cfg.normalize):
@@ -47,6 +54,11 @@ def read_backbone(cfg: Any) -> Backbone:
     if any("gates." in name for name in parsed.extra_state):
         raise ValueError(
             f"{cfg.w2v_path} has gates that were not pruned yet; cut them first: s3distill prune {cfg.w2v_path} compact.pt"
+        )
+    if parsed.scores:
+        raise ValueError(
+            f"{cfg.w2v_path} has masks beside its weights, which would be lost here; multiply them in first: s3distill masks bake "
+            f"{cfg.w2v_path} dense.pt, or start from its masks with checkpoint.finetune_from_model"
         )
     # the keys of a file that fairseq wrote: task and model of the pre-training
     cfg.w2v_args = {
@@ -85,6 +97,8 @@ class FineTunedEncoder(MaskedNetwork):
 
     def run(self, source: Tensor, padding_mask: Optional[Tensor]) -> Dict[str, Any]:
         """[B, S] -> ``encoder_out`` [T, B, V] (with pooling [B, V]), ``padding_mask`` [B, T] or None, ``layer_results``."""
+        if self.training:
+            self.prune(self.num_updates)
         frozen = self.training and self.num_updates < self.freeze_finetune_updates
         logits, out = self(source, padding_mask, mask=self.apply_mask and self.training, frozen_encoder=frozen)
         return {
@@ -100,3 +114,93 @@ class FineTunedEncoder(MaskedNetwork):
         if encoder_out["padding_mask"] is not None:
             reordered["padding_mask"] = encoder_out["padding_mask"].index_select(0, new_order)
         return reordered
+
+
+class MaskedFairseqModel(BaseFairseqModel):
+    """What fairseq calls of a model with masks, whatever its head is for; its keys are S3-Router's (``w2v_encoder.….scores``)."""
+
+    def __init__(self, cfg: Any, w2v_encoder: FineTunedEncoder) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.w2v_encoder = w2v_encoder
+
+    def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None, **_: Any) -> Dict[str, Any]:
+        """[B, S] -> ``encoder_out`` [T, B, V] (logits; with pooling [B, V]), ``padding_mask`` [B, T] or None, ``layer_results``."""
+        return self.w2v_encoder.run(source, padding_mask)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
+        """Takes a run of this model whole; from a new run's start (``finetune_from_model``) what ``load_mask_*`` leave."""
+        own = {k.removeprefix("w2v_encoder."): v for k, v in state_dict.items() if k.startswith("w2v_encoder.")}
+        options = self.w2v_encoder.options
+        assert options is not None
+        if not options.learns_scores and compat.starts_from_another_run() and any(k.endswith(".scores") for k in own):
+            raise ValueError(
+                f"prune_method={options.prune_method} starts from a dense model, but checkpoint.finetune_from_model has masks; pass a "
+                "model that was fine-tuned with model._name=wav2vec_ctc"
+            )
+        masks_only = (options.load_mask_only or options.load_mask_before > 0) and compat.starts_from_another_run()
+        adopt_state(self.w2v_encoder, own, masks_only)
+
+    def set_num_updates(self, num_updates: int) -> None:
+        super().set_num_updates(num_updates)
+        self.w2v_encoder.num_updates = num_updates
+
+    @property
+    def num_updates(self) -> int:
+        return self.w2v_encoder.num_updates
+
+    def changed_weights(self) -> Dict[Any, Tensor]:
+        """What pruning multiplied weights by in front of this update: copies that an optimizer keeps must follow."""
+        magnitude = self.w2v_encoder.magnitude
+        return {} if magnitude is None else magnitude.factors
+
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        """`fairseq-generate` calls this: masks are multiplied in, decoding costs what a dense model costs."""
+        self.w2v_encoder.bake()
+        super().prepare_for_inference_(cfg)  # which alone puts the model in evaluation mode
+
+
+def build_masked(cfg: Any, num_outputs: int, pool: bool = False) -> FineTunedEncoder:
+    """Options, backbone, head, masks; what was read goes into ``cfg.w2v_args``, so that checkpoints rebuild alone."""
+    options = MaskOptions.from_mapping(vars(cfg) if not hasattr(cfg, "items") else cfg)
+    backbone = read_backbone(cfg)
+    network = FineTunedEncoder(cfg, backbone.config, num_outputs, extractor_learns(cfg, options), pool)
+    if backbone.encoder_state is not None:
+        network.w2v_model.load_encoder_state(backbone.encoder_state, str(cfg.w2v_path))
+    network.add_masks(options)
+    if not cfg.eval_only:
+        check_something_learns(network, options)
+        _check_head_learns(cfg.freeze_finetune_updates, network)
+        # an interpolation where there is no whole configuration around the model's
+        options.schedule().check_length(cfg.max_update if isinstance(cfg.max_update, int) else 0)
+    _report(network, options)
+    return network
+
+
+def _check_head_learns(num_updates: int, network: MaskedNetwork) -> None:
+    """While ``freeze_finetune_updates`` freezes the encoder, the head is all that could have a gradient."""
+    if num_updates > 0 and not any(name.startswith(f"{HEAD}.") for name in trained_names(network)):
+        raise ValueError(
+            f"`freeze_finetune_updates`={num_updates} lets the head alone learn at first, but the head is frozen; pass "
+            "model.freeze_finetune_updates=0, or model.trainable_proj=true"
+        )
+
+
+def extractor_learns(cfg: Any, options: MaskOptions) -> bool:
+    """Whether the conv extractor's scores learn; fairseq's recipes say feature_grad_mult=0, which freezes its weights only."""
+    return (
+        not options.no_prune_extractor
+        and options.learns_scores
+        and not options.fix_mask
+        and options.fix_mask_before == 0
+    )
+
+
+def _report(network: MaskedNetwork, options: MaskOptions) -> None:
+    masked = network.masked_modules()
+    num_scores = sum(m.scores.numel() for m in masked.values())
+    num_other = sum(p.numel() for n, p in network.named_parameters() if p.requires_grad and not n.endswith(".scores"))
+    logger.info(
+        "%d masks (%s) with %s scores keep %.2f%% of their connections; other parameters that learn: %s",
+        *(len(masked), options.pattern, f"{num_scores:,}", 100 * kept_share(iter(masked.items())), f"{num_other:,}"),
+    )

@@ -15,7 +15,7 @@ from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options, 
 from s3distill.encoder.config import ACTIVATIONS, EXTRACTOR_MODES, EncoderConfig, MaskConfig, TrainingConfig
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.gates import MEASURES, UNITS, GateCounts, GateSet, Lagrangian, check_target, count_cost, sparsity
-from s3distill.heads import INITS, MODES, SHARINGS, HeadsConfig, LayerHeads, parse_pairs
+from s3distill.heads import INITS, MODES, SHARINGS, HeadsConfig, TeacherHeads, parse_pairs_per_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,13 @@ class SslStudentConfig(FairseqDataclass):
     conv_pos: int = field(default=128, metadata={"help": "kernel of the positional convolution, frames"})
     conv_pos_groups: int = field(default=16, metadata={"help": "groups of the positional convolution"})
     pos_conv_depth: int = field(default=1, metadata={"help": "positional convolutions in a stack; > 1 is data2vec's"})
+    relative_position_embedding: bool = field(
+        default=False, metadata={"help": "WavLM's gated relative position bias, one for all layers"}
+    )
+    num_buckets: int = field(default=320, metadata={"help": "of that bias: distances that it tells apart"})
+    max_distance: int = field(
+        default=800, metadata={"help": "of that bias: frames from which all distances count as one"}
+    )
     group_norm_over_padding: bool = field(
         default=False, metadata={"help": "take GroupNorm statistics over padding too, as fairseq does"}
     )
@@ -92,7 +99,7 @@ class SslStudentConfig(FairseqDataclass):
         default="",
         metadata={
             "help": "layers to match, e.g. '0,4,8,12' (same index in student and teacher) or '0:0,2:4' (student:teacher); "
-            "0 = what enters the first layer; empty: no heads"
+            "0 = what enters the first layer; several teachers: the same for all, or one list each, split by ';'; empty: no heads"
         },
     )
     head_mode: ChoiceEnum(list(MODES)) = field(  # type: ignore[valid-type]
@@ -112,6 +119,10 @@ class SslStudentConfig(FairseqDataclass):
         },
     )
     teacher_dim: int = field(default=0, metadata={"help": "width of the teacher; 0: taken from the task's teacher"})
+    extra_teacher_dims: List[int] = field(
+        default_factory=list,
+        metadata={"help": "widths of further teachers; empty: taken from the task's (task.extra_teacher_paths)"},
+    )
     # L0 gates
     prune_units: List[str] = field(
         default_factory=list,
@@ -148,11 +159,11 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         self.cfg = cfg
         self.num_updates = 0
         self.heads_loaded = False
-        self.heads: LayerHeads | None = None
+        self.heads: TeacherHeads | None = None
         self.gates: GateSet | None = None
         self.lagrangian: Lagrangian | None = None
         if cfg.distill_layers:
-            self.heads = LayerHeads(_heads_config(cfg, config))
+            self.heads = TeacherHeads(_heads_configs(cfg, config))
         if cfg.prune_units:
             self.gates = GateSet(config, list(cfg.prune_units), init_drop=cfg.gate_init_drop)
             self.lagrangian = Lagrangian()
@@ -168,15 +179,20 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         config = replace(config, group_norm_over_padding=bool(cfg.group_norm_over_padding))
         cfg.encoder = config.to_json()
         cfg.encoder_embed_dim = config.embed_dim
-        needs_teacher = (cfg.distill_layers and not cfg.teacher_dim) or (cfg.prune_units and not cfg.reference_cost)
-        teacher = getattr(task, "teacher", None) if needs_teacher else None
-        if teacher is not None and cfg.distill_layers:
-            teacher.check_layers([t for _, t in parse_pairs(cfg.distill_layers)])
-            cfg.teacher_dim = cfg.teacher_dim or teacher.config.embed_dim
+        num_others = getattr(task, "num_teachers", 1) - 1
+        dims_are_known = cfg.teacher_dim and len(cfg.extra_teacher_dims) >= num_others
+        needs_teacher = (cfg.distill_layers and not dims_are_known) or (cfg.prune_units and not cfg.reference_cost)
+        teachers = getattr(task, "teachers", []) if needs_teacher else []
+        if teachers and cfg.distill_layers:
+            groups = parse_pairs_per_teacher(cfg.distill_layers, len(teachers))
+            for teacher, pairs in zip(teachers, groups, strict=True):
+                teacher.check_layers([t for _, t in pairs])
+            cfg.teacher_dim = cfg.teacher_dim or teachers[0].config.embed_dim
+            cfg.extra_teacher_dims = list(cfg.extra_teacher_dims) or [t.config.embed_dim for t in teachers[1:]]
         elif cfg.distill_layers and not cfg.teacher_dim:
             cfg.teacher_dim = config.embed_dim
         if cfg.prune_units and not cfg.reference_cost:
-            whole = teacher.config if teacher is not None else config
+            whole = teachers[0].config if teachers else config
             cfg.reference_cost = float(count_cost(whole, None, str(cfg.prune_measure)))
         model = cls(cfg, config)
         if start is not None:
@@ -216,6 +232,8 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         padding_mask: Tensor | None = None,
         mask: bool = False,
         target_sparsity: float | None = None,
+        masked: Tensor | None = None,
+        num_layers: int | None = None,
         **_: Any,
     ) -> dict[str, Any]:
         """One pass of distillation.
@@ -224,16 +242,20 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             source: [B, S], 16 kHz.
             padding_mask: [B, S], True = padding, or None.
             target_sparsity: where the size constraint is to be at this update; None leaves the penalty out.
+            masked: [B, T], True = the frame is replaced by the mask embedding, see `draw_masks`; None hears everything.
+            num_layers: run so many layers at least; heads may read deeper ones.
         Returns:
-            ``predictions`` (per pair [B, T, C_teacher]), ``padding_mask`` [B, T], ``expected_sparsity`` and ``penalty`` (scalars,
-            None without gates).
+            ``predictions`` (per pair [B, T, C_teacher]; of the first teacher) and ``other_predictions`` (the same per further
+            teacher), ``hidden_states`` by layer, ``padding_mask`` and ``masked`` [B, T], ``expected_sparsity`` and ``penalty``
+            (scalars, None without gates).
         """
-        assert self.heads is not None, "a student without heads cannot be distilled"
+        assert self.heads is not None or num_layers is not None, "a student needs heads, or layers to compare"
         gates = None
         if self.gates is not None:
             gates = self.gates.sample(self.cfg.seed + self.num_updates) if self.training else self.gates.deterministic()
+        deepest = max(num_layers or 0, self.heads.deepest_layer if self.heads is not None else 0)
         out = SpeechEncoder.forward(
-            self, source, padding_mask, mask=mask, gates=gates, num_layers=self.heads.deepest_layer
+            self, source, padding_mask, mask=mask, gates=gates, num_layers=deepest, masked=masked
         )
         expected, penalty = None, None
         if self.gates is not None:
@@ -242,9 +264,11 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             if target_sparsity is not None:
                 penalty = self.lagrangian(expected, target_sparsity)
         return {
-            "predictions": self.heads(out.hidden_states),
+            "predictions": self.heads(out.hidden_states) if self.heads is not None else [],
+            "other_predictions": self.heads.predict_others(out.hidden_states) if self.heads is not None else [],
             "hidden_states": out.hidden_states,
             "padding_mask": out.padding_mask,
+            "masked": out.masked,
             "expected_sparsity": expected,
             "penalty": penalty,
         }
@@ -308,16 +332,21 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         self.num_updates = num_updates
 
 
-def _heads_config(cfg: SslStudentConfig, config: EncoderConfig) -> HeadsConfig:
-    return HeadsConfig(
-        pairs=parse_pairs(cfg.distill_layers),
-        student_dim=config.embed_dim,
-        teacher_dim=cfg.teacher_dim,
-        num_student_layers=config.num_layers,
-        mode=str(cfg.head_mode),
-        sharing=str(cfg.head_sharing),
-        init=str(cfg.head_init),
-    )
+def _heads_configs(cfg: SslStudentConfig, config: EncoderConfig) -> list[HeadsConfig]:
+    """One per teacher."""
+    dims = [cfg.teacher_dim, *cfg.extra_teacher_dims]
+    return [
+        HeadsConfig(
+            pairs=pairs,
+            student_dim=config.embed_dim,
+            teacher_dim=dim,
+            num_student_layers=config.num_layers,
+            mode=str(cfg.head_mode),
+            sharing=str(cfg.head_sharing),
+            init=str(cfg.head_init),
+        )
+        for pairs, dim in zip(parse_pairs_per_teacher(cfg.distill_layers, len(dims)), dims, strict=True)
+    ]
 
 
 def _read(path: str, normalize: bool) -> ParsedCheckpoint:

@@ -1,25 +1,22 @@
-"""`wav2vec_ctc_st`: S3-Router. A CTC model whose weights stay as they are while binary masks over them are learned."""
+"""`wav2vec_ctc_st`: S3-Router. A CTC model whose weights stay as they are while binary masks over them are learned.
+
+``prune_method`` makes it one of the methods that S3-Router's pruning is compared with, in which weights learn and masks follow them.
+"""
 
 # no `from __future__ import annotations`: fairseq reads the types of config fields
-import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, List, Optional
 
 from fairseq.dataclass import ChoiceEnum
-from fairseq.models import BaseFairseqModel, register_model
+from fairseq.models import register_model
 from fairseq.models.wav2vec.wav2vec2_asr import Wav2Vec2CtcConfig, Wav2VecCtc
-from torch import Tensor
+from omegaconf import II
 
-from s3distill import compat
-from s3distill.masks.modules import kept_share
-from s3distill.masks.network import MaskedNetwork, check_something_learns
-from s3distill.masks.options import LINEAR_ST_OPS, MaskOptions
+from s3distill.masks.magnitude import METHODS
+from s3distill.masks.options import LINEAR_ST_OPS
 from s3distill.masks.scores import INITS
 from s3distill.masks.selection import PATTERNS
-from s3distill.masks.state import adopt_state
-from s3distill.models._fine_tuning import FineTunedEncoder, read_backbone
-
-logger = logging.getLogger(__name__)
+from s3distill.models._fine_tuning import FineTunedEncoder, MaskedFairseqModel, build_masked
 
 
 @dataclass
@@ -90,66 +87,38 @@ class Wav2VecCtcStConfig(Wav2Vec2CtcConfig):
         metadata={"help": "take only the scores below this encoder layer from checkpoint.finetune_from_model"},
     )
     eval_only: bool = field(default=False, metadata={"help": "validate once and stop"})
+    prune_method: ChoiceEnum(list(METHODS)) = field(  # type: ignore[valid-type]
+        default="s3_router",
+        metadata={
+            "help": "s3_router: masks are learned. Else all weights learn and masks keep the largest: omp prunes once, at the start; "
+            "imp in prune_steps; parp sets to 0 what may grow back, every prune_interval updates"
+        },
+    )
+    prune_interval: Optional[int] = field(default=None, metadata={"help": "updates between prunings (imp, parp)"})
+    prune_steps: Optional[int] = field(
+        default=None,
+        metadata={"help": "prunings until prune_rate is reached, on a cubic schedule (imp; parp: null = 1)"},
+    )
+    max_update: int = II("optimization.max_update")
 
 
 @register_model("wav2vec_ctc_st", dataclass=Wav2VecCtcStConfig)
-class Wav2VecCtcSt(BaseFairseqModel):
+class Wav2VecCtcSt(MaskedFairseqModel):
     """Frozen encoder, learned masks, CTC head, under S3-Router's keys (``w2v_encoder.w2v_model.…weight``, ``….scores``)."""
 
     get_logits = Wav2VecCtc.get_logits  # padded frames become blanks, as in fairseq's own CTC model
     get_normalized_probs = Wav2VecCtc.get_normalized_probs
 
     def __init__(self, cfg: Wav2VecCtcStConfig, w2v_encoder: FineTunedEncoder) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.w2v_encoder = w2v_encoder
+        super().__init__(cfg, w2v_encoder)
         self.blank_weight, self.blank_mode = cfg.blank_weight, cfg.blank_mode
 
     @classmethod
     def build_model(cls, cfg: Wav2VecCtcStConfig, task: Any) -> "Wav2VecCtcSt":
-        """Options, backbone, head, masks; what was read goes into ``cfg.w2v_args``, so that checkpoints rebuild alone."""
-        options = MaskOptions.from_mapping(vars(cfg) if not hasattr(cfg, "items") else cfg)
-        backbone = read_backbone(cfg)
-        network = FineTunedEncoder(cfg, backbone.config, len(task.target_dictionary), extractor_learns(cfg, options))
-        if backbone.encoder_state is not None:
-            network.w2v_model.load_encoder_state(backbone.encoder_state, str(cfg.w2v_path))
-        network.add_masks(options)
-        if not cfg.eval_only:
-            check_something_learns(network, options)
-        _report(network, options)
-        return cls(cfg, network)
-
-    def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None, **_: Any) -> Dict[str, Any]:
-        """[B, S] -> ``encoder_out`` [T, B, V] (logits), ``padding_mask`` [B, T] or None, ``layer_results``."""
-        return self.w2v_encoder.run(source, padding_mask)
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
-        """Takes a run of this model whole; from a new run's start (``finetune_from_model``) what ``load_mask_*`` leave."""
-        own = {k.removeprefix("w2v_encoder."): v for k, v in state_dict.items() if k.startswith("w2v_encoder.")}
-        options = self.w2v_encoder.options
-        assert options is not None
-        masks_only = (options.load_mask_only or options.load_mask_before > 0) and compat.starts_from_another_run()
-        adopt_state(self.w2v_encoder, own, masks_only)
-
-    def set_num_updates(self, num_updates: int) -> None:
-        super().set_num_updates(num_updates)
-        self.w2v_encoder.num_updates = num_updates
-
-    def prepare_for_inference_(self, cfg: Any) -> None:
-        """`fairseq-generate` calls this: masks are multiplied in, decoding costs what a dense model costs."""
-        self.w2v_encoder.bake()
-
-
-def extractor_learns(cfg: Wav2VecCtcStConfig, options: MaskOptions) -> bool:
-    """Whether the conv extractor's scores learn; fairseq's recipes say feature_grad_mult=0, which freezes its weights only."""
-    return not options.no_prune_extractor and not options.fix_mask and options.fix_mask_before == 0
-
-
-def _report(network: MaskedNetwork, options: MaskOptions) -> None:
-    masked = network.masked_modules()
-    num_scores = sum(m.scores.numel() for m in masked.values())
-    num_other = sum(p.numel() for n, p in network.named_parameters() if p.requires_grad and not n.endswith(".scores"))
-    logger.info(
-        "%d masks (%s) with %s scores keep %.2f%% of their connections; other parameters that learn: %s",
-        *(len(masked), options.pattern, f"{num_scores:,}", 100 * kept_share(iter(masked.items())), f"{num_other:,}"),
-    )
+        """A head with one output per symbol of the dictionary, for every frame."""
+        if task.target_dictionary is None:
+            raise ValueError(
+                f"`model._name` wav2vec_ctc_st needs a task with a dictionary, but the task is {type(task).__name__}; pass "
+                "task._name=audio_ctc, or model._name=wav2vec_label_st for one label per utterance"
+            )
+        return cls(cfg, build_masked(cfg, len(task.target_dictionary)))

@@ -49,12 +49,15 @@ class PruningPlan:
         """Shape of Transformer layer ``index`` after the cut; ``layer`` is its shape before."""
         attention = layer.attention and self.attention[index] > 0
         ffn = layer.ffn and self.ffn_layers[index] > 0
+        heads = self.heads[index].indices.tolist() if attention else []
+        numbers = layer.position_heads  # of the unpruned model: what is pruned again goes by them still
         return LayerConfig(
-            num_heads=len(self.heads[index]) if attention else 0,
+            num_heads=len(heads),
             head_dim=layer.head_dim,
             ffn_dim=len(self.ffn[index]) if ffn else 0,
             attention=attention,
             ffn=ffn,
+            position_heads=None if numbers is None else tuple(numbers[head] for head in heads),
         )
 
 

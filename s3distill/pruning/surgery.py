@@ -2,6 +2,9 @@
 
 Where a gate's value goes: conv channels into the next conv's input weights (the last layer's into the LayerNorm behind
 it), heads into `out_proj`, FFN dims into `fc2`, whole sub-layers into their output projection and its bias.
+
+WavLM's position bias stays whole, since every layer reads other columns of it: a layer's config says which heads of the
+unpruned model it kept.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from torch import Tensor
 
 from s3distill.encoder.config import EncoderConfig, LayerConfig
 from s3distill.pruning.plan import Kept, PruningPlan
+
+WHOLE = ("encoder.pos_conv.", "encoder.layer_norm.", "encoder.relative_attention_bias.")  # what nothing is cut from
 
 
 def cut(config: EncoderConfig, state: dict[str, Tensor], plan: PruningPlan) -> tuple[EncoderConfig, dict[str, Tensor]]:
@@ -44,7 +49,7 @@ def cut(config: EncoderConfig, state: dict[str, Tensor], plan: PruningPlan) -> t
         _cut_layer(compact, state, f"encoder.layers.{i}.", layer, shape_after, plan, i, config.layer_norm_first)
         layers.append(shape_after)
     for name, value in state.items():
-        if name == "mask_emb" or name.startswith(("encoder.pos_conv.", "encoder.layer_norm.")):
+        if name == "mask_emb" or name.startswith(WHOLE):
             compact[name] = value
     new_config = dataclasses.replace(config, conv_layers=tuple(conv_layers), layers=tuple(layers))
     return new_config, {name: value.detach().clone().contiguous() for name, value in compact.items()}
@@ -82,6 +87,12 @@ def _cut_layer(
         columns = state[f"{prefix}self_attn.out_proj.weight"][:, rows]
         compact[f"{prefix}self_attn.out_proj.weight"] = columns * kept.scale.repeat_interleave(before.head_dim) * scale
         compact[f"{prefix}self_attn.out_proj.bias"] = state[f"{prefix}self_attn.out_proj.bias"] * scale
+        if (
+            before.position_heads is not None
+        ):  # the projection of its gate is shared by the heads, its scale is per head
+            for name in ("grep_linear.weight", "grep_linear.bias"):
+                compact[f"{prefix}self_attn.{name}"] = state[f"{prefix}self_attn.{name}"]
+            compact[f"{prefix}self_attn.grep_a"] = state[f"{prefix}self_attn.grep_a"][:, kept.indices]
     if after.ffn:
         kept, scale = plan.ffn[index], plan.ffn_layers[index]
         compact[f"{prefix}fc1.weight"] = state[f"{prefix}fc1.weight"][kept.indices]

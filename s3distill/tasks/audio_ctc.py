@@ -4,9 +4,9 @@
 import importlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from fairseq import utils
@@ -21,13 +21,19 @@ from s3distill.decoding.transcripts import Transcript, Transcripts
 from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.scoring.s3_wer import S3WerScorer
 from s3distill.tasks._audio import check_split, set_root
+from s3distill.tasks._bank_model import BankModel, dictionary_of, open_entry
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class AudioCtcConfig(AudioFinetuningConfig):
-    """fairseq's `audio_finetuning` options."""
+    """fairseq's `audio_finetuning` options, and a mask bank for decoding: `--path` is then the backbone."""
+
+    mask_bank: Optional[str] = field(
+        default=None, metadata={"help": "decoding: lay masks of this bank over the model of --path, their backbone"}
+    )
+    mask_name: Optional[str] = field(default=None, metadata={"help": "entry of mask_bank, e.g. nl"})
 
 
 @register_task("audio_ctc", dataclass=AudioCtcConfig)
@@ -42,12 +48,30 @@ class AudioCtcTask(AudioFinetuningTask):
                 "`task.labels` must name the label files' ending, but is empty; pass task.labels=ltr (--labels ltr)"
             )
         super().__init__(cfg)
+        self.bank = open_entry(cfg.mask_bank, cfg.mask_name)
         self.words: dict[str, list[str]] = {}  # per split, what `.wrd` says of each utterance of the dataset
 
     def load_target_dictionary(self) -> Any:
+        symbols = None if self.bank is None else self.bank.symbols(self.cfg.mask_name)
+        if symbols is not None:  # `_check_dictionary` holds it against the data's
+            return dictionary_of(symbols)
         if self.cfg.labels:  # read here first for its errors, which name line, rule and remedy
             read_dictionary(Path(self.cfg.target_dictionary or self.cfg.data) / f"dict.{self.cfg.labels}.txt")
         return super().load_target_dictionary()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.bank is not None:  # the dictionary of a fine-tuned backbone is another language's
+            state_dict = {k: v for k, v in state_dict.items() if k != "target_dictionary"}
+        super().load_state_dict(state_dict)
+
+    def build_model(self, model_cfg: Any, from_checkpoint: bool = False) -> Any:
+        if self.bank is None:
+            return super().build_model(model_cfg, from_checkpoint)
+        if not from_checkpoint:
+            raise ValueError(
+                "`mask_bank` is for decoding and must not be set in training; remove task.mask_bank and task.mask_name"
+            )
+        return BankModel(self.bank, self.cfg.mask_name)
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         if getattr(cfg, "_name", None) == "ctc":
@@ -61,6 +85,11 @@ class AudioCtcTask(AudioFinetuningTask):
 
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
         """Loads a split; decoding passes the checkpoint's own ``task_cfg``, so its ``normalize`` counts, not the command's."""
+        if (
+            self.bank is not None
+        ):  # the checkpoint is a backbone, pre-trained by any task: what the entry's run did counts
+            task_cfg = self.cfg
+            task_cfg.normalize = bool(self.bank.info(self.cfg.mask_name).get("normalize", False))
         options = task_cfg or self.cfg
         parts = _parts(split, options.get("multi_corpus_keys"))
         roots = {}

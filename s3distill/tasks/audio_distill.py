@@ -2,9 +2,10 @@
 
 # no `from __future__ import annotations`: fairseq reads the types of config fields
 import logging
+import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
@@ -15,6 +16,7 @@ from s3distill import compat
 from s3distill.encoder.checkpoint import parse_checkpoint
 from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.teacher import DTYPES, Teacher
+from s3distill.losses import normalize_target
 from s3distill.tasks._audio import SeededCropDataset, check_split
 
 logger = logging.getLogger(__name__)
@@ -32,14 +34,24 @@ class AudioDistillConfig(AudioPretrainingConfig):
     teacher_dtype: ChoiceEnum(list(DTYPES)) = field(  # type: ignore[valid-type]
         default="float32", metadata={"help": "precision that the teacher runs in"}
     )
+    extra_teacher_paths: List[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "checkpoints of further teachers, at the same frame rate; each gets prediction heads of its own"
+        },
+    )
+    teacher_weights: List[float] = field(
+        default_factory=list,
+        metadata={"help": "weight of each teacher's loss, that of teacher_path first; empty: 1 each, summed"},
+    )
     train_subset: str = II("dataset.train_subset")
 
 
 @register_task("audio_distill", dataclass=AudioDistillConfig)
 class AudioDistillTask(AudioPretrainingTask):
-    """Loads manifests as they are, and the teacher when something first asks for it.
+    """Loads manifests as they are, and the teachers when something first asks for them.
 
-    The teacher is no attribute that fairseq saves: checkpoints of students rebuild and fine-tune without its file.
+    They are no attribute that fairseq saves: checkpoints of students rebuild and fine-tune without their files.
     """
 
     cfg: AudioDistillConfig
@@ -52,33 +64,74 @@ class AudioDistillTask(AudioPretrainingTask):
                     "prepare a manifest of the wanted utterances instead"
                 )
         super().__init__(cfg)
-        self._teacher: Optional[Teacher] = None
+        self._teachers: List[Teacher] = []
         self._model: Any = None
+        self._from_checkpoint = False
 
     @property
     def teacher(self) -> Teacher:
-        """The frozen teacher; its file is read on first use."""
-        if self._teacher is None:
-            path = self.cfg.teacher_path
-            if not path:
+        """The first teacher, that of `task.teacher_path`."""
+        return self.teachers[0]
+
+    @property
+    def num_teachers(self) -> int:
+        return 1 + len(self.cfg.extra_teacher_paths)
+
+    @property
+    def teachers(self) -> List[Teacher]:
+        """The frozen teachers, that of `task.teacher_path` first; their files are read on first use."""
+        if not self._teachers:
+            if not self.cfg.teacher_path:
                 raise ValueError("`task.teacher_path` must name the teacher's checkpoint, but is empty")
-            teacher = Teacher(
-                parse_checkpoint(compat.load_checkpoint(path), path), str(self.cfg.teacher_dtype), f"teacher {path}"
-            )
-            if teacher.normalize != bool(self.cfg.normalize):
+            if not all(self.cfg.extra_teacher_paths):
                 raise ValueError(
-                    f"`task.normalize` must be what the teacher was trained with: {path} has normalize={teacher.normalize}, but the "
-                    f"task has {bool(self.cfg.normalize)}; pass task.normalize={str(teacher.normalize).lower()}"
+                    f"`task.extra_teacher_paths` must name a checkpoint each, but is {list(self.cfg.extra_teacher_paths)}"
                 )
-            logger.info(
-                "teacher %s: %d layers, width %d, %s",
-                path,
-                teacher.config.num_layers,
-                teacher.config.embed_dim,
-                teacher.dtype,
+            weights = self.teacher_weights
+            first = self._read_teacher(self.cfg.teacher_path, weights[0])
+            if first.normalize != bool(self.cfg.normalize):
+                raise ValueError(
+                    f"`task.normalize` must be what the teacher was trained with: {self.cfg.teacher_path} has "
+                    f"normalize={first.normalize}, but the task has {bool(self.cfg.normalize)}; pass "
+                    f"task.normalize={str(first.normalize).lower()}"
+                )
+            others = []
+            for path, weight in zip(self.cfg.extra_teacher_paths, weights[1:], strict=True):
+                teacher = self._read_teacher(path, weight)
+                if first.normalize and not teacher.normalize:
+                    raise ValueError(
+                        f"`task.extra_teacher_paths`: {path} was trained on waveforms that are not normalised, and task.normalize=true "
+                        "leaves none; make it `task.teacher_path`, with task.normalize=false, and the others follow it"
+                    )
+                teacher.normalizes_itself = teacher.normalize and not first.normalize
+                others.append(teacher)
+            self._teachers = [first, *others]
+        return self._teachers
+
+    @property
+    def teacher_weights(self) -> List[float]:
+        """One weight per teacher."""
+        weights = [float(weight) for weight in self.cfg.teacher_weights] or [1.0] * self.num_teachers
+        if len(weights) != self.num_teachers:
+            raise ValueError(
+                f"`task.teacher_weights` must have one weight per teacher ({self.num_teachers}, that of task.teacher_path first), but "
+                f"has {len(weights)}"
             )
-            self._teacher = teacher
-        return self._teacher
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(
+                f"`task.teacher_weights` must be positive, but are {weights}; leave out a teacher that is not to count"
+            )
+        return weights
+
+    def _read_teacher(self, path: str, weight: float) -> Teacher:
+        parsed = parse_checkpoint(compat.load_checkpoint(path), path)
+        teacher = Teacher(parsed, str(self.cfg.teacher_dtype), f"teacher {path}")
+        config = teacher.config
+        logger.info(
+            "teacher %s: %d layers, width %d, %s, weight %g",
+            *(path, config.num_layers, config.embed_dim, teacher.dtype, weight),
+        )
+        return teacher
 
     def build_model(self, model_cfg: Any, from_checkpoint: bool = False) -> Any:
         if not from_checkpoint and not os.path.isdir(self.cfg.data):
@@ -86,25 +139,23 @@ class AudioDistillTask(AudioPretrainingTask):
                 f"`task.data` must be the folder of the manifests, but there is no folder {self.cfg.data}; make it with `s3distill "
                 "manifest`"
             )
+        self._from_checkpoint = from_checkpoint
         self._model = model = super().build_model(model_cfg, from_checkpoint)
         with open_dict(model_cfg):  # what was taken from files, so that the checkpoint rebuilds without them
-            for name in ("encoder", "encoder_embed_dim", "teacher_dim", "reference_cost", "normalize"):
+            names = ("encoder", "encoder_embed_dim", "teacher_dim", "extra_teacher_dims", "reference_cost", "normalize")
+            for name in names:
                 if hasattr(model.cfg, name):
                     model_cfg[name] = getattr(model.cfg, name)
-        heads = getattr(model, "heads", None)
-        if (
-            heads is not None
-            and heads.config.init == "least_squares"
-            and not from_checkpoint
-            and not model.heads_loaded
-        ):
-            self._fit_heads(model)
         return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         criterion = super().build_criterion(cfg, from_checkpoint)
         if self._model is not None and hasattr(criterion, "check_model"):  # fairseq builds the model first
-            criterion.check_model(self._model, self.teacher)
+            criterion.check_model(self._model, self.teachers)
+            heads = self._model.heads
+            trained = self._from_checkpoint or self._model.heads_loaded
+            if heads is not None and heads.config.init == "least_squares" and not trained:
+                self._fit_heads(self._model, str(criterion.cfg.target_norm))  # the criterion knows what they predict
         return criterion
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,19 +173,20 @@ class AudioDistillTask(AudioPretrainingTask):
             )
         return dict(super().state_dict())
 
-    def _fit_heads(self, model: Any) -> None:
+    def _fit_heads(self, model: Any, target_norm: str) -> None:
         """Fits linear heads on the first training utterances; here, in front of the optimizer's fp32 copies, and alike on all ranks."""
         split = self.cfg.train_subset.split(",")[0]
         self.load_dataset(split)
         dataset = self.datasets[split]
         inputs = dataset.collater([dataset[i] for i in range(min(len(dataset), NUM_FIT_UTTERANCES))])["net_input"]
         source, padding_mask = inputs["source"], inputs.get("padding_mask")
-        pairs = model.heads.config.pairs
-        deepest = max(teacher_layer for _, teacher_layer in pairs)
-        teacher_states, _ = self.teacher.hidden_states(source, padding_mask, list(range(deepest + 1)))
         features = model.eval().extract_features(source, padding_mask)
         model.train()
-        model.heads.fit_least_squares(features["hidden_states"], teacher_states, features["padding_mask"])
+        for teacher, heads in zip(self.teachers, model.heads.by_teacher, strict=True):
+            deepest = max(teacher_layer for _, teacher_layer in heads.config.pairs)
+            states, frame_mask = teacher.hidden_states(source, padding_mask, list(range(deepest + 1)))
+            states = [normalize_target(state, frame_mask, target_norm) for state in states]
+            heads.fit_least_squares(features["hidden_states"], states, features["padding_mask"])
         logger.info("heads fitted by least squares on %d utterances", source.shape[0])
 
     def get_batch_iterator(self, *args: Any, **options: Any) -> Any:

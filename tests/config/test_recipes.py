@@ -35,12 +35,12 @@ from s3distill import compat
 from s3distill.data.manifest import write_manifest
 from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig
 from s3distill.gates import GateCounts, count_parameters
-from tests.encoder import checkpoints
+from tests.encoder import checkpoints, folders
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "config").rglob("*.yaml"))
-FOR_REAL_DATA = [recipe for recipe in RECIPES if recipe.parent.name in ("distill", "finetuning")]
-FAMILIES = ("hubert_base", "hubert_large", "wav2vec2_base", "wav2vec2_large", "data2vec_base")
+FOR_REAL_DATA = [recipe for recipe in RECIPES if recipe.parent.name in ("distill", "finetuning", "s3_router")]
+FAMILIES = ("hubert_base", "hubert_large", "wav2vec2_base", "wav2vec2_large", "data2vec_base", "wavlm_base_plus")
 HOURS = ("100h", "10h", "1h")
 REGISTERED = ("task", "model", "criterion", "optimizer", "lr_scheduler")  # sections whose options their `_name` decides
 
@@ -143,11 +143,17 @@ def test_paths_mean_what_was_typed_and_outputs_stay_together(recipe: Path) -> No
     assert same_folder == [name_of(recipe)]
 
 
+# S3-Router's own recipes say 2, which its published commands override; the small ones train on one device
+_WORLD_SIZES = {"base_1h": 2, "xlsr": 2, "demo": 1, "pruning_demo": 1, "labels": 1}
+
+
 @pytest.mark.parametrize("recipe", FOR_REAL_DATA, ids=name_of)
 def test_runs_on_all_visible_gpus_and_without_one(recipe: Path) -> None:
     """fairseq's own default, which a number in the recipe would replace: it stops where there are fewer GPUs."""
-    assert "distributed_world_size" not in OmegaConf.load(recipe).distributed_training
-    assert compose(recipe).distributed_training.distributed_world_size == max(1, torch.cuda.device_count())
+    number = _WORLD_SIZES[recipe.stem] if recipe.parent.name == "s3_router" else None
+    assert OmegaConf.load(recipe).distributed_training.get("distributed_world_size") == number
+    found = compose(recipe).distributed_training.distributed_world_size
+    assert found == (number or max(1, torch.cuda.device_count()))
 
 
 def test_options_of_fairseqs_own_sections_can_be_overridden_though_not_listed() -> None:
@@ -158,28 +164,34 @@ def test_options_of_fairseqs_own_sections_can_be_overridden_though_not_listed() 
 # Options that the recipes leave out; all others are listed, since hydra refuses to override what is not.
 _CORPORA = "multi_corpus_keys multi_corpus_sampling_weights binarized_dataset text_compression_level subsample"
 _OTHER_TASKS = "rebuild_batches precompute_mask_config post_save_script"  # of data2vec 2.0 and of TPUs
-_MASKS = (
-    "mask_prob mask_length mask_selection mask_other no_mask_overlap mask_min_space mask_channel_prob mask_channel_length "
-    "mask_channel_selection mask_channel_other no_mask_channel_overlap mask_channel_min_space mask_channel_before "
-    "require_same_masks mask_dropout"
+_CHANNEL_MASKS = (
+    "mask_channel_prob mask_channel_length mask_channel_selection mask_channel_other no_mask_channel_overlap "
+    "mask_channel_min_space mask_channel_before"
 )
 _SHAPE = (
     "encoder extractor_mode conv_feature_layers conv_bias encoder_layers encoder_embed_dim encoder_ffn_embed_dim "
-    "encoder_attention_heads activation_fn layer_norm_first conv_pos conv_pos_groups pos_conv_depth"
+    "encoder_attention_heads activation_fn layer_norm_first conv_pos conv_pos_groups pos_conv_depth "
+    "relative_position_embedding num_buckets max_distance"
 )
 _SEQ2SEQ = (
     "autoregressive eval_wer eval_wer_config eval_wer_tokenizer eval_wer_post_process eval_bleu eval_bleu_detok "
     "eval_bleu_detok_args eval_tokenized_bleu eval_bleu_remove_bpe eval_bleu_args eval_bleu_print_samples"
 )
+_FINE_TUNING = (
+    "w2v_args offload_activations min_params_to_wrap layer_type adp_num adp_dim adp_act_fn adp_trf_idx "  # adapters
+    "drop_path update_alibi zero_mask load_ema layer_decay"  # of data2vec 2.0
+)
 _NOT_LISTED = {
     "audio_distill": f"labels {_CORPORA} {_OTHER_TASKS}",
-    "audio_ctc": f"enable_padding num_batch_buckets target_dictionary {_CORPORA} {_OTHER_TASKS} {_SEQ2SEQ}",
-    # the shape is that of `student_path`; distillation masks nothing, and fine-tuning has its own masks
-    "ssl_student": f"group_norm_over_padding {_SHAPE} {_MASKS}",
-    "wav2vec_ctc": (
-        "w2v_args offload_activations min_params_to_wrap layer_type adp_num adp_dim adp_act_fn adp_trf_idx "  # adapters
-        "drop_path update_alibi zero_mask load_ema layer_decay"  # of data2vec 2.0
+    "audio_ctc": (
+        f"enable_padding num_batch_buckets target_dictionary mask_bank mask_name {_CORPORA} {_OTHER_TASKS} {_SEQ2SEQ}"
     ),
+    # the shape is that of `student_path`, the widths are the teachers'; distillation masks no channels, and fine-tuning has its own masks
+    "ssl_student": f"group_norm_over_padding extra_teacher_dims {_SHAPE} {_CHANNEL_MASKS}",
+    "audio_labels": f"enable_padding num_batch_buckets {_CORPORA} {_OTHER_TASKS}",
+    "wav2vec_ctc": _FINE_TUNING,
+    "wav2vec_ctc_st": _FINE_TUNING,
+    "wav2vec_label_st": f"blank_weight blank_mode {_FINE_TUNING}",
     "ctc": "wer_sil_weight wer_args",
     "adam": "use_old_adam fp16_adam_stats",
     "polynomial_decay": "force_anneal",
@@ -282,6 +294,19 @@ def test_fine_tuning_has_the_values_of_fairseqs_own_recipe(hours: str) -> None:
         assert ours[key] == published.get(key, value)
 
 
+def test_s3_routers_fine_tuning_differs_from_fairseqs_in_the_published_values() -> None:
+    stock = Path(fairseq.__file__).parent / "examples" / "wav2vec" / "config" / "finetuning" / "base_1h.yaml"
+    published = flat(OmegaConf.load(stock))
+    ours = flat(OmegaConf.load(ROOT / "config" / "s3_router" / "base_1h.yaml"))
+    differing = {key: ours.get(key) for key, value in published.items() if ours.get(key) != value}
+    assert differing == {
+        **{"task._name": "audio_ctc", "model._name": "wav2vec_ctc_st", "model.freeze_finetune_updates": 0},
+        **{"optimization.max_update": 15000, "checkpoint.save_interval": 10000},
+        **{"dataset.validate_after_updates": 0, "dataset.validate_interval": 10000},
+    }
+    assert ours["model.dropout"] == ours["model.attention_dropout"] == 0.1
+
+
 # --- training
 
 
@@ -360,12 +385,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2_base": ("wav2vec2", _BASE),
     "wav2vec2_large": ("wav2vec2", _LARGE),
     "data2vec_base": ("data2vec_audio", _BASE),
+    "wavlm_base_plus": ("wavlm", _BASE),
 }
 
 
 def write_teacher(path: Path, family: str) -> Path:
     model, shape = SHAPES[family]
     normalize = bool(OmegaConf.load(distill_recipe(family, 1)).task.normalize)
+    if model == "wavlm":  # fairseq has none: the layout of the released files
+        return checkpoints.save(folders.released_wavlm({**folders.BASE_CFG, **shape, "normalize": normalize}), path)
     state, _ = checkpoints.pretrained(model, shape, normalize=normalize)
     return checkpoints.save(state, path)
 

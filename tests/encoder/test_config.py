@@ -22,7 +22,11 @@ from s3distill.encoder.config import (
     parse_conv_layers,
     uniform_layers,
 )
+from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.options import options_from_config, stock_options
+from s3distill.gates import GateCounts, breakdown, count_macs_per_second, count_parameters
 
+LARGE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True}
 RELEASED = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 
 conv_layers = st.builds(ConvLayerConfig, st.integers(1, 8), st.integers(1, 12), st.integers(1, 6))
@@ -45,12 +49,24 @@ configs = st.builds(
 )
 
 
+@st.composite
+def biased_configs(draw: st.DrawFn) -> EncoderConfig:
+    """Encoders with a position bias whose layers kept any of its six heads."""
+    config = draw(configs)
+    kept = [draw(st.sets(st.integers(0, 5))) for _ in config.layers]
+    biased = (
+        dataclasses.replace(layer, num_heads=len(heads), position_heads=tuple(sorted(heads)))
+        for layer, heads in zip(config.layers, kept, strict=True)
+    )
+    return dataclasses.replace(config, layers=tuple(biased), position_buckets=20, position_heads=6)
+
+
 def small(**options: Any) -> EncoderConfig:
     values = {"conv_layers": (ConvLayerConfig(8, 10, 5),), "embed_dim": 16, "layers": uniform_layers(1, 2, 8, 16)}
     return EncoderConfig(**{**values, **options})
 
 
-@given(configs)
+@given(configs | biased_configs())
 def test_json_gives_the_same_config(config: EncoderConfig) -> None:
     text = config.to_json()
     assert "\n" not in text and EncoderConfig.from_json(text) == config
@@ -191,3 +207,101 @@ def test_options_of_fairseq_give_the_shape() -> None:
 def test_options_that_this_encoder_lacks_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_from_options(options, "wav2vec2")
+
+
+XLS_R = {
+    "1B": ({"encoder_embed_dim": 1280, "encoder_ffn_embed_dim": 5120}, 962_497_408),
+    "2B": ({"encoder_embed_dim": 1920, "encoder_ffn_embed_dim": 7680}, 2_159_259_648),
+}
+
+
+@pytest.mark.parametrize("name", XLS_R)
+def test_xls_r_builds_and_is_counted(name: str) -> None:
+    shape, num_parameters = XLS_R[name]
+    config = config_from_options({**LARGE, "encoder_layers": 48, "encoder_attention_heads": 16, **shape}, "wav2vec2")
+    dim = shape["encoder_embed_dim"]
+    assert config.layers == uniform_layers(48, 16, dim // 16, 4 * dim)
+    with torch.device("meta"):
+        encoder = SpeechEncoder(config)
+        out = encoder(torch.empty(2, 16000))
+    assert out.x.shape == (2, 49, dim) and len(out.hidden_states) == 49
+    full = GateCounts.full(config)
+    parts = breakdown(config, full)
+    assert parts["attention"] == 48 * 4 * (dim + 1) * dim
+    assert parts["ffn"] == 48 * (8 * dim * dim + 5 * dim)
+    assert parts["pos_conv"] == dim * (dim // 16) * 128 + dim + 128
+    assert count_parameters(config, full) == sum(p.numel() for p in encoder.parameters()) == num_parameters
+    matrices = 48 * 12 * dim * dim + 512 * dim  # of attention, FFN and projection: one MAC per weight and frame
+    quadratic = 48 * 2 * dim * 499 * 499
+    conv = breakdown(config, full, "macs")["conv"] * 10 + dim * (dim // 16) * 128 * 500
+    assert count_macs_per_second(config, full) * 10 == pytest.approx(matrices * 499 + quadratic + conv)
+
+
+SHAPES = {
+    "wav2vec2": {},
+    "hubert": LARGE,
+    "data2vec_audio": {"extractor_mode": "layer_norm", "conv_pos": 95, "pos_conv_depth": 5},
+    "wavlm": {"relative_position_embedding": True, "num_buckets": 160, "max_distance": 400},
+}
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_shape_gives_the_options_that_give_it(family: str) -> None:
+    config = config_from_options(SHAPES[family], family)
+    options = options_from_config(config, family, normalize=True)
+    assert options["_name"] == family and options["normalize"] is True and "encoder" not in options
+    assert config_from_options(options, family) == config
+    stock = stock_options(config, family, normalize=True)
+    assert stock["_name"] == {"hubert": "wav2vec2", "wavlm": "ssl_student"}.get(family, family)
+    assert config_from_options(stock, stock["_name"]) == config
+
+
+def test_a_shape_that_no_options_have_is_a_student() -> None:
+    base = config_from_options({}, "wav2vec2")
+    wavlm = config_from_options(SHAPES["wavlm"], "wavlm")
+    pruned = dataclasses.replace(
+        wavlm, layers=(dataclasses.replace(wavlm.layers[0], num_heads=1, position_heads=(3,)),)
+    )
+    others = {
+        "mixed": dataclasses.replace(base, layers=(LayerConfig(12, 64, 8), LayerConfig(12, 64, 9))),
+        "narrow": dataclasses.replace(base, layers=uniform_layers(2, 12, 32, 3072)),
+        "headless": dataclasses.replace(base, layers=uniform_layers(2, 0, 64, 3072)),
+        "uneven": dataclasses.replace(base, layers=uniform_layers(2, 7, 64, 3072)),
+        "empty": dataclasses.replace(base, layers=()),
+        "projected": config_from_options({"encoder_embed_dim": 512, "encoder_attention_heads": 8}, "data2vec_audio"),
+        "padding": dataclasses.replace(base, group_norm_over_padding=True),
+        "foreign bias": wavlm,
+        "pruned bias": pruned,
+    }
+    for name, config in others.items():
+        family = "wavlm" if name == "pruned bias" else "wav2vec2"
+        options = options_from_config(config, family, normalize=False)
+        assert options["_name"] == "ssl_student" and options["encoder_embed_dim"] == config.embed_dim, name
+        assert config_from_options(options, "ssl_student") == config
+
+
+def test_options_of_files_are_fairseqs_own() -> None:
+    """Stock fine-tuning hands its masks and dropouts over only to options that the file lists."""
+    pytest.importorskip("fairseq")
+    from fairseq.models import MODEL_DATACLASS_REGISTRY
+
+    import s3distill  # noqa: F401  registers ssl_student and data2vec_audio
+
+    handed_over = {
+        *("dropout", "activation_dropout", "dropout_input", "attention_dropout", "mask_length", "mask_prob"),
+        *(
+            "require_same_masks",
+            "mask_selection",
+            "mask_other",
+            "no_mask_overlap",
+            "mask_channel_length",
+            "mask_dropout",
+        ),
+        *("mask_channel_prob", "mask_channel_before", "mask_channel_selection", "mask_channel_other"),
+        *("no_mask_channel_overlap", "encoder_layerdrop", "feature_grad_mult", "checkpoint_activations"),
+    }
+    for family in ("wav2vec2", "data2vec_audio", "wavlm"):
+        options = stock_options(config_from_options(SHAPES[family], family), family, normalize=False)
+        known = {f.name for f in dataclasses.fields(MODEL_DATACLASS_REGISTRY[options["_name"]])}
+        assert set(options) - {"_name", "normalize"} <= known, family
+        assert handed_over <= set(options), family

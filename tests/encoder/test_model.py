@@ -41,12 +41,25 @@ UNEVEN = dataclasses.replace(
         LayerConfig(1, 16, 3),
     ),
 )
+POSITION = {"position_buckets": 8, "position_max_distance": 20, "position_heads": 4}
+WAVLM = dataclasses.replace(POST_LN, layers=uniform_layers(3, 4, 4, 24, position_bias=True), **POSITION)
+WAVLM_UNEVEN = dataclasses.replace(
+    UNEVEN,
+    layers=tuple(
+        dataclasses.replace(layer, position_heads=heads)
+        for layer, heads in zip(UNEVEN.layers, ((0, 1, 3), (), (2, 1), (0, 1), (0, 3), (1, 2), (3,)), strict=True)
+    ),
+    **POSITION,
+)
 CONFIGS = {
     "post_ln": POST_LN,
     "pre_ln": PRE_LN,
     "stacked": STACKED,
     "uneven": UNEVEN,
     "uneven_pre_ln": dataclasses.replace(UNEVEN, layer_norm_first=True, extractor_mode="layer_norm"),
+    "wavlm": WAVLM,
+    "wavlm_uneven": WAVLM_UNEVEN,
+    "wavlm_uneven_pre_ln": dataclasses.replace(WAVLM_UNEVEN, layer_norm_first=True, extractor_mode="layer_norm"),
 }
 all_shapes = pytest.mark.parametrize("name", list(CONFIGS))
 

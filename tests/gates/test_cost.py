@@ -51,6 +51,14 @@ SMALL = EncoderConfig(
     pos_conv_kernel=8,
     pos_conv_groups=4,
 )
+WAVLM = dataclasses.replace(
+    SMALL,
+    layers=tuple(
+        dataclasses.replace(layer, position_heads=heads)
+        for layer, heads in zip(SMALL.layers, ((0, 1, 2, 3), (3, 0, 1), (), (1, 2)), strict=True)
+    ),
+    **{"position_buckets": 20, "position_max_distance": 30, "position_heads": 4},
+)
 VARIANTS = {
     "post_ln": SMALL,
     "pre_ln": dataclasses.replace(SMALL, layer_norm_first=True),
@@ -59,6 +67,8 @@ VARIANTS = {
     "data2vec_wide": dataclasses.replace(SMALL, pos_conv_kernel=24, pos_conv_depth=4),
     "unprojected": dataclasses.replace(SMALL, embed_dim=4, project_features=False),
     "no_layers": dataclasses.replace(SMALL, layers=()),
+    "wavlm": WAVLM,
+    "wavlm_pre_ln": dataclasses.replace(WAVLM, layer_norm_first=True, extractor_mode="layer_norm"),
 }
 
 
@@ -71,7 +81,12 @@ def cut(config: EncoderConfig, counts: GateCounts) -> EncoderConfig:
     """The config of the pruned model that whole counts describe."""
     conv = tuple(dataclasses.replace(c, channels=int(n)) for c, n in zip(config.conv_layers, counts.conv, strict=True))
     layers = tuple(
-        LayerConfig(int(h), layer.head_dim, int(f), attention=bool(a), ffn=bool(p))
+        LayerConfig(
+            *(int(h), layer.head_dim, int(f)),
+            attention=bool(a),
+            ffn=bool(p),
+            position_heads=None if layer.position_heads is None else layer.position_heads[: int(h)],
+        )
         for layer, h, f, a, p in zip(
             config.layers, counts.heads, counts.ffn, counts.attention_layers, counts.ffn_layers, strict=True
         )
@@ -121,7 +136,7 @@ def test_parameters_of_every_variant(name: str) -> None:
     assert count_parameters(VARIANTS[name], GateCounts.full(VARIANTS[name])) == num_parameters(VARIANTS[name])
 
 
-@pytest.mark.parametrize("name", ["post_ln", "pre_ln", "layer_norm_extractor", "data2vec"])
+@pytest.mark.parametrize("name", ["post_ln", "pre_ln", "layer_norm_extractor", "data2vec", "wavlm", "wavlm_pre_ln"])
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_cost_at_closed_gates_is_that_of_the_pruned_encoder(name: str, data: st.DataObject) -> None:
@@ -171,7 +186,7 @@ def test_expected_cost_agrees_with_samples() -> None:
 
 
 @pytest.mark.parametrize("measure", ["params", "macs"])
-@pytest.mark.parametrize("name", ["post_ln", "pre_ln"])
+@pytest.mark.parametrize("name", ["post_ln", "pre_ln", "wavlm"])
 def test_gradient(name: str, measure: str) -> None:
     config = VARIANTS[name]
     full = GateCounts.full(config)

@@ -79,6 +79,26 @@ def test_gradient(cosine_type: str) -> None:
         assert p.grad is not None and p.grad[index].item() == pytest.approx((up - down) / 2e-2, rel=1e-2, abs=2e-3)
 
 
+@pytest.mark.parametrize("cosine_type", ["raw", "log_sig"])
+def test_gradcheck(cosine_type: str) -> None:
+    """float64 stays float64."""
+    p, h = (x.double() for x in pair(2, 3, 4, seed=1))
+    mask = torch.tensor([[False, False, False], [False, False, True]])
+    weights = LossWeights(0.7, 1.3, 2.0, cosine_type)
+    assert torch.autograd.gradcheck(lambda x: hidden_state_loss(x, h, mask, weights).total, p.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [6e4, 6e-8])
+def test_largest_and_smallest_values_of_half_precision_are_finite(dtype: torch.dtype, size: float) -> None:
+    p, h = ((size * x / x.abs().max()).to(dtype) for x in pair(2, 50, 64))
+    for cosine_type in ("raw", "log_sig"):
+        got = hidden_state_loss(p, h, None, LossWeights(0.7, 1.3, 2.0, cosine_type))
+        assert all(term.isfinite() for term in got[:4])
+        expected = hidden_state_loss(p.double(), h.double(), None, LossWeights(0.7, 1.3, 2.0, cosine_type))
+        assert got.total.item() == pytest.approx(expected.total.item(), rel=1e-4)
+
+
 def test_perfect_prediction() -> None:
     p, _ = pair(2, 3, 4)
     got = hidden_state_loss(p, p.clone(), None, LossWeights())

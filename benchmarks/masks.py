@@ -1,0 +1,415 @@
+"""What connection masks cost: selecting them, training steps and evaluation, side by side with dense fine-tuning.
+
+    python benchmarks/masks.py [--threads 2] [--json masks.json] [--device cuda] [--dtype float16] [--small] [--check]
+    python benchmarks/masks.py --threads 1 --clock cpu    # on a machine that does other things too
+
+Everything that is compared is measured in one run, in turns, and the least of the repeats counts: what else the machine does then
+falls on all alike. wav2vec 2.0 base's shape (post-LN, GroupNorm, 12 x 768/3072), random weights, 2 x 4 s of noise, no
+SpecAugment, no dropout, a frozen extractor (feature_grad_mult=0), torch's fused AdamW: a slower optimizer, such as fairseq's
+Adam on a CPU, brings all ratios nearer to 1. ``--dtype`` is that of autocast; parameters stay float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+
+from s3distill import kernels
+from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig, TrainingConfig, parse_conv_layers, uniform_layers
+from s3distill.masks.modules import Masked
+from s3distill.masks.network import MaskedNetwork
+from s3distill.masks.options import MaskOptions
+from s3distill.masks.selection import num_removed, select
+
+DENSITY = 0.9
+NUM_SYMBOLS, NUM_TARGETS, BATCH = 32, 40, 2
+MAX_NORM = 1.0  # of gradient clipping
+STEP_LIMITS = {1: 1.15, 4: 1.05}  # update_freq -> most that a step may take, dense = 1; all linears masked
+EVAL_LIMIT = 1.02
+
+
+@dataclass(frozen=True)
+class Form:
+    """A network that is compared: ``masks`` are options of `MaskOptions`, None = dense; ``sorts``: as the original does it."""
+
+    name: str
+    masks: Mapping[str, Any] | None = None
+    sorts: bool = False
+
+
+ALL_LINEARS = {"prune_rate": DENSITY, "no_prune_post_extract_proj": True, "trainable_proj": True}
+DENSE = Form("dense, all weights learn")
+MASKED = Form("masks on all linears", ALL_LINEARS)
+MASKED_FFN = Form("masks on the FFN", {**ALL_LINEARS, "fix_attn": True})
+SORTED = Form("sort per forward, all linears", ALL_LINEARS, sorts=True)
+SORTED_FFN = Form("sort per forward, FFN", {**ALL_LINEARS, "fix_attn": True}, sorts=True)
+FORMS = (DENSE, MASKED, MASKED_FFN, SORTED, SORTED_FFN)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and how large; ``small`` is a toy that shows that everything runs."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 2
+    clock: str = "wall"
+    small: bool = False
+
+    @property
+    def repeats(self) -> int:
+        return 2 if self.small else 7
+
+    @property
+    def slow_repeats(self) -> int:
+        """Of what sorts, which takes several times as long."""
+        return 1 if self.small else 2
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return (256, 512) if self.small else (768, 3072)
+
+    @property
+    def num_samples(self) -> int:
+        return SAMPLE_RATE if self.small else 4 * SAMPLE_RATE
+
+    def config(self) -> EncoderConfig:
+        if self.small:
+            convs = parse_conv_layers("[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2")
+            return EncoderConfig(convs, 64, uniform_layers(2, 4, 16, 128), pos_conv_kernel=16, pos_conv_groups=4)
+        convs = parse_conv_layers("[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2")
+        return EncoderConfig(convs, 768, uniform_layers(12, 12, 64, 3072))
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, getattr(torch, self.dtype))
+
+
+@dataclass
+class Row:
+    """One line of the table. ``ratio`` is to the first row of the section; ``limit`` the most that it may be."""
+
+    section: str
+    form: str
+    value: float
+    unit: str
+    ratio: float
+    limit: float | None = None
+    passed: bool | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.passed = None if self.limit is None else self.ratio <= self.limit
+
+    def line(self) -> str:
+        required = "" if self.limit is None else f"<= {self.limit:.2f}x  {'PASS' if self.passed else 'FAIL'}"
+        return f"  {self.form:<32}{self.value:>10.4f} {self.unit}{self.ratio:>8.3f}x  {required}".rstrip()
+
+
+def rows(section: str, values: Mapping[str, float], unit: str, limits: Mapping[str, float] | None = None) -> list[Row]:
+    first = next(iter(values.values()))
+    return [Row(section, name, value, unit, value / first, (limits or {}).get(name)) for name, value in values.items()]
+
+
+# ---- timing
+
+
+def seconds(run: Callable[[], Any], settings: Settings) -> float:
+    if settings.device != "cuda":
+        clock = time.process_time if settings.clock == "cpu" else time.perf_counter
+        start = clock()
+        run()
+        return clock() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000  # milliseconds
+
+
+def least_seconds(
+    section: str, runs: Mapping[str, Callable[[], Any]], settings: Settings, slow: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """The least of several timings of each, taken in turns; what is ``slow`` is warmed up by its own first repeat."""
+    for name, run in runs.items():
+        if name not in slow:
+            run()
+    least = dict.fromkeys(runs, float("inf"))
+    for repeat in range(settings.repeats):
+        for name, run in runs.items():
+            if name in slow and repeat >= settings.slow_repeats:
+                continue
+            taken = seconds(run, settings)
+            least[name] = min(least[name], taken)
+            progress(f"{section}, repeat {repeat + 1} of {settings.repeats}: {name}: {taken:.4f} s")
+    return least
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ---- selection
+
+
+class SortedMask(torch.autograd.Function):
+    """The rule as S3-Router's code has it: sort all |scores|, set the smallest to 0 and the others to 1."""
+
+    @staticmethod
+    def forward(ctx: Any, magnitudes: Tensor, density: float) -> Tensor:
+        mask = magnitudes.clone()
+        order = magnitudes.flatten().sort().indices
+        num_zeros = num_removed(density, magnitudes.numel())
+        flat = mask.flatten()  # a view of mask, which is contiguous
+        flat[order[:num_zeros]] = 0
+        flat[order[num_zeros:]] = 1
+        return mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def mask_by_topk(scores: Tensor) -> Tensor:
+    flat, num_zeros = scores.abs().flatten(), num_removed(DENSITY, scores.numel())
+    mask = torch.ones_like(flat, dtype=torch.bool)
+    mask[flat.topk(num_zeros, largest=False, sorted=False).indices] = False  # the smaller side at this density
+    return mask.view_as(scores)
+
+
+def mask_by_kthvalue(scores: Tensor) -> Tensor:
+    magnitudes = scores.abs()
+    return magnitudes > magnitudes.flatten().kthvalue(num_removed(DENSITY, scores.numel())).values
+
+
+def measure_selection(settings: Settings) -> tuple[list[Row], dict[str, bool]]:
+    num_scores = settings.matrix[0] * settings.matrix[1]
+    # all different (below 2**24 every integer is a float32), since of equal scores each way may take others
+    scores = (torch.randperm(num_scores) + 1).float() * (1 - 2 * torch.randint(2, (num_scores,)))
+    scores = scores.view(settings.matrix).to(settings.device)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "full sort (the original)": lambda: SortedMask.apply(scores.abs(), DENSITY).bool(),
+        "topk of the smaller side": lambda: mask_by_topk(scores),
+        "kthvalue": lambda: mask_by_kthvalue(scores),
+        "s3distill's select": lambda: select(scores, DENSITY),
+    }
+    section = f"one mask of {settings.matrix[0]} x {settings.matrix[1]}"
+    expected = SortedMask.apply(scores.abs(), DENSITY).bool()
+    checks = {f"{name}: the mask of the full sort": bool(torch.equal(way(), expected)) for name, way in ways.items()}
+    return rows(section, least_seconds(section, ways, settings), "s"), checks
+
+
+# ---- training steps
+
+
+class Training:
+    """One form and its optimizer. All forms start from the same weights and, where they have them, scores."""
+
+    def __init__(self, form: Form, settings: Settings) -> None:
+        torch.manual_seed(1)
+        self.settings = settings
+        self.network = MaskedNetwork(settings.config(), NUM_SYMBOLS, TrainingConfig(feature_grad_mult=0.0))
+        self.network.w2v_model.feature_extractor.requires_grad_(False)
+        if form.masks is not None:
+            self.network.add_masks(MaskOptions(**form.masks))
+        if form.sorts:
+            for module in self.network.masked_modules().values():
+                module.masked_weight = functools.partial(sorted_weight, module)  # type: ignore[method-assign]
+        self.network.to(settings.device)
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = kernels.fused_adamw(self.parameters, lr=1e-4)
+        self.audio = torch.randn(BATCH, settings.num_samples).to(settings.device)
+        self.targets = torch.randint(1, NUM_SYMBOLS, (BATCH, NUM_TARGETS)).to(settings.device)
+
+    def loss(self) -> Tensor:
+        with self.settings.autocast():
+            logits = self.network(self.audio)[0]
+        log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # [B, T, V] -> [T, B, V]
+        frames, symbols = [log_probs.shape[0]] * BATCH, [NUM_TARGETS] * BATCH
+        return F.ctc_loss(log_probs, self.targets, frames, symbols, zero_infinity=True)
+
+    def step(self, update_freq: int) -> None:
+        """One update: forward and backward ``update_freq`` times, clipping, the optimizer, gradients to None."""
+        for _ in range(update_freq):
+            self.loss().backward()
+        kernels.clip_grad_norm(self.parameters, MAX_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        with self.settings.autocast():
+            logits: Tensor = self.network(self.audio)[0]
+        return logits
+
+
+def sorted_weight(module: Masked) -> Tensor:
+    mask: Tensor = SortedMask.apply(module.scores.abs(), module.rule.density)
+    return module.dense_weight() * mask
+
+
+def measure_steps(forms: dict[str, Training], settings: Settings) -> list[Row]:
+    found = []
+    for update_freq, limit in STEP_LIMITS.items():
+        section = f"training step, update_freq {update_freq}"
+        runs = {name: functools.partial(training.step, update_freq) for name, training in forms.items()}
+        least = least_seconds(section, runs, settings, slow=(SORTED.name, SORTED_FFN.name))
+        found += rows(section, least, "s", {MASKED.name: limit, MASKED_FFN.name: limit})
+    return found
+
+
+def check_forms(forms: dict[str, Training]) -> dict[str, bool]:
+    """Whether those that mask the same compute the same: logits and the gradient of the scores, before any update."""
+    checks = {}
+    for masked, sorts in ((MASKED, SORTED), (MASKED_FFN, SORTED_FFN)):
+        ours, theirs = forms[masked.name], forms[sorts.name]
+        for training in (ours, theirs):
+            training.loss().backward()
+        checks[f"{masked.name}: the logits of the sort"] = close(ours.logits(), theirs.logits())
+        checks[f"{masked.name}: the gradients of the sort"] = all(
+            p.grad is None if q.grad is None else p.grad is not None and close(p.grad, q.grad)
+            for p, q in zip(ours.parameters, theirs.parameters, strict=True)
+        )
+        for training in (ours, theirs):
+            training.optimizer.zero_grad()
+    return checks
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """To 1e-4 of the largest value: threads and, on a GPU, atomic additions change the order of sums."""
+    return bool(a.isfinite().all()) and float((a - b).abs().max()) <= 1e-4 * float(b.abs().max())
+
+
+# ---- evaluation
+
+
+def measure_evaluation(forms: dict[str, Training], settings: Settings) -> tuple[list[Row], dict[str, bool]]:
+    """Forward passes without gradients, in evaluation mode; masks as the last update left them."""
+    baked = copy.copy(forms[MASKED.name])
+    baked.network = copy.deepcopy(baked.network)
+    baked.network.bake()
+    networks = {
+        DENSE.name.split(",")[0]: forms[DENSE.name],
+        "masked": forms[MASKED.name],
+        "masked, baked": baked,
+        "sort per forward": forms[SORTED.name],
+    }
+    for training in networks.values():
+        training.network.eval()
+    section = "evaluation, forward"
+    checks = {"baked: the logits of the masked": close(baked.logits(), forms[MASKED.name].logits())}
+    runs = {name: training.logits for name, training in networks.items()}
+    least = least_seconds(section, runs, settings, slow=("sort per forward",))
+    return rows(section, least, "s", {"masked": EVAL_LIMIT, "masked, baked": EVAL_LIMIT}), checks
+
+
+# ---- memory
+
+
+def measure_memory(settings: Settings) -> list[Row]:
+    """Peak of two training steps of each form, in a process of its own, forked while this one has not done anything yet."""
+    peaks = {}
+    for form in FORMS:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
+            peaks[form.name] = process.submit(peak_memory, form, settings).result()
+        progress(f"memory: {form.name}: {peaks[form.name]:.0f} MiB")
+    what = "allocated on the GPU" if settings.device == "cuda" else "resident, libraries included"
+    return rows(f"peak memory of training at update_freq 1, {what}", peaks, "MiB")
+
+
+def peak_memory(form: Form, settings: Settings) -> float:
+    """MiB, of this process: `torch.cuda.max_memory_allocated`, or the largest resident set (getrusage)."""
+    training = Training(form, settings)
+    for _ in range(2):
+        training.step(1)
+    if settings.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**10 if sys.platform == "linux" else 1  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+# ---- the table
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    memory = measure_memory(settings)
+    selection, checks = measure_selection(settings)
+    forms = {form.name: Training(form, settings) for form in FORMS}
+    checks |= check_forms(forms)
+    steps = measure_steps(forms, settings)
+    evaluation, same = measure_evaluation(forms, settings)
+    return {"rows": [*selection, *steps, *evaluation, *memory], "checks": checks | same}
+
+
+def print_table(found: list[Row], checks: Mapping[str, bool]) -> None:
+    section = None
+    for row in found:
+        if row.section != section:
+            section = row.section
+            print(f"\n{section}")
+        print(row.line())
+    print("\nequality")
+    for name, same in checks.items():
+        print(f"  {name:<56} {'PASS' if same else 'FAIL'}")
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine()
+    return {**asdict(settings), "torch": torch.__version__, "python": platform.python_version(), "machine": device}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time of this process, for a machine that does other things too; with --threads 1, since threads that "
+        "wait for each other use the processor",
+    )
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of autocast")
+    parser.add_argument("--small", action="store_true", help="a toy in seconds; its ratios mean nothing")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if anything fails")
+    parser.add_argument(
+        "--memory-of", type=int, metavar="FORM", help="print one form's peak memory in MiB, nothing else"
+    )
+    options = parser.parse_args()
+    settings = Settings(options.device, options.dtype, options.threads, options.clock, options.small)
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    found = measure(settings)
+    print_table(found["rows"], found["checks"])
+    if options.json is not None:
+        as_dicts = [asdict(row) for row in found["rows"]]
+        values = {"environment": environment(settings), "rows": as_dicts, "checks": found["checks"]}
+        options.json.write_text(json.dumps(values, indent=2) + "\n")
+    passed = all(found["checks"].values()) and not any(row.passed is False for row in found["rows"])
+    return int(options.check and not passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What can be wrong between student, teachers and criterion of a distillation, told before training starts."""
+
+from typing import Any, Optional, Sequence
+
+from s3distill.encoder.teacher import Teacher
+
+
+def check_heads(
+    model: Any, teachers: Sequence[Teacher], wanted: bool, layer_weights: Optional[Sequence[float]]
+) -> None:
+    """One set of prediction heads per teacher, for layers it has and of its width; none where nothing is predicted."""
+    if not wanted:
+        if model.heads is not None:
+            raise ValueError(
+                "`model.distill_layers` must be empty where criterion.l1_weight, l2_weight and cosine_weight are all 0: its prediction "
+                "heads would learn nothing; name the layers of temporal relations in criterion.temporal_layers"
+            )
+        return
+    if model.heads is None:
+        raise ValueError("`model.distill_layers` must name the layers to match, e.g. '0,4,8,12', but is empty")
+    by_teacher = model.heads.by_teacher
+    if len(by_teacher) != len(teachers):
+        raise ValueError(
+            f"`model.extra_teacher_dims` must have one width per further teacher ({len(teachers) - 1}), but has {len(by_teacher) - 1}; "
+            "leave it out"
+        )
+    for i, (heads, teacher) in enumerate(zip(by_teacher, teachers, strict=True)):
+        teacher.check_layers([layer for _, layer in heads.pairs])
+        if heads.config.teacher_dim != teacher.config.embed_dim:
+            option = "model.teacher_dim" if i == 0 else "model.extra_teacher_dims"
+            raise ValueError(
+                f"`{option}` must be the width of {teacher.name}, {teacher.config.embed_dim}, but is "
+                f"{heads.config.teacher_dim}; leave it out"
+            )
+        if layer_weights is not None and len(layer_weights) != len(heads.pairs):
+            raise ValueError(
+                f"`criterion.layer_weights` must have one weight per matched layer ({len(heads.pairs)}), but has {len(layer_weights)}"
+            )
+
+
+def check_frames(model: Any, teacher: Teacher) -> None:
+    """Student and teacher cut audio into the same frames."""
+    frames = [[(c.kernel, c.stride) for c in config.conv_layers] for config in (model.config, teacher.config)]
+    if frames[0] != frames[1]:
+        raise ValueError(
+            f"student and teacher must cut audio into the same frames, but the student has one per {model.config.frame_stride} samples "
+            f"and {teacher.name} one per {teacher.config.frame_stride}, (kernel, stride) {frames[0]} and {frames[1]}; take a student "
+            "with the teacher's convolutions"
+        )
+
+
+def check_masks(model: Any, mask_student: bool, unmasked_target: str, unmasked_weight: float) -> None:
+    """Masks are asked for by the criterion and drawn by the model's options: both or neither."""
+    masking = model.masking
+    if masking.mask_channel_prob > 0 or (masking.mask_prob > 0 and not mask_student):
+        raise ValueError(
+            "`model.mask_prob` and `model.mask_channel_prob` act in fine-tuning only: teacher and student of a distillation hear the "
+            "same audio; leave them at 0, or mask frames of the student's audio with criterion.mask_student=true and model.mask_prob"
+        )
+    if mask_student and masking.mask_prob <= 0:
+        raise ValueError(
+            f"`criterion.mask_student` needs masks: `model.mask_prob` must be positive, but is {masking.mask_prob}; pass e.g. "
+            "model.mask_prob=0.65 model.mask_length=10"
+        )
+    if unmasked_target == "masked" and not (mask_student and unmasked_weight > 0):
+        raise ValueError(
+            "`criterion.unmasked_target=masked` acts at unmasked frames of masked audio only; pass criterion.mask_student=true and a "
+            "positive criterion.unmasked_weight, or leave it at clean"
+        )
+
+
+def check_temporal_layers(model: Any, teacher: Teacher, pairs: Sequence[tuple[int, int]]) -> None:
+    """Both sides have the layers whose frames are compared."""
+    lacking = [student for student, _ in pairs if not 0 <= student <= model.config.num_layers]
+    if lacking:
+        raise ValueError(
+            f"`criterion.temporal_layers` must be within 0 to {model.config.num_layers}, the layers of the student, but include "
+            f"{lacking}; correct it"
+        )
+    missing = [layer for _, layer in pairs if not 0 <= layer <= teacher.config.num_layers]
+    if missing:
+        raise ValueError(
+            f"`criterion.temporal_layers` must be within 0 to {teacher.config.num_layers}, the layers of {teacher.name}, but include "
+            f"{missing}; correct it"
+        )
+
+
+def check_gates(model: Any, target_sparsity: float) -> None:
+    """The gates can learn, and can reach the target."""
+    if model.gates is not None and "conv" in model.gates.units and model.training_config.feature_grad_mult <= 0:
+        raise ValueError(
+            "`model.feature_grad_mult` must be above 0 where conv channels have gates, which would learn from the size alone; raise it "
+            "or take 'conv' out of model.prune_units"
+        )
+    if target_sparsity > 0:
+        if model.gates is None:
+            raise ValueError("`criterion.target_sparsity` needs gates; pass e.g. model.prune_units=[conv,head,ffn]")
+        model.check_target_sparsity(target_sparsity)

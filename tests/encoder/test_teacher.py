@@ -1,0 +1,121 @@
+"""The frozen teacher: masks that it shares with a student, waveforms that it normalises itself; and how those masks are drawn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from s3distill.encoder.checkpoint import ParsedCheckpoint
+from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, MaskConfig, uniform_layers
+from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.speech_model import normalize_waveforms
+from s3distill.encoder.teacher import Teacher
+
+CONFIG = EncoderConfig(
+    conv_layers=(ConvLayerConfig(8, 10, 5), ConvLayerConfig(8, 3, 2)),
+    layers=uniform_layers(2, 2, 4, 16),
+    embed_dim=8,
+    pos_conv_kernel=4,
+    pos_conv_groups=2,
+)
+MASKING = MaskConfig(mask_prob=0.4, mask_length=4, require_same_masks=False)
+
+
+def make_encoder(seed: int = 0, masking: MaskConfig = MASKING) -> SpeechEncoder:
+    torch.manual_seed(seed)
+    return SpeechEncoder(CONFIG, masking=masking).eval()
+
+
+def make_teacher(encoder: SpeechEncoder, normalize: bool = False) -> Teacher:
+    return Teacher(ParsedCheckpoint("wav2vec2", CONFIG, dict(encoder.state_dict()), normalize))
+
+
+def batch(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.randn(len(lengths), max(lengths), generator=generator)
+    padding_mask = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+    return source.masked_fill(padding_mask, 0), padding_mask
+
+
+LENGTHS = [900, 500, 700]
+SEEDS = [(1, 7, i) for i in range(3)]
+
+
+# ---------------------------------------------------------------- masks from seeds
+
+
+def test_masks_depend_on_seeds_and_lengths_only() -> None:
+    encoder = make_encoder()
+    source, padding_mask = batch(LENGTHS)
+    torch.manual_seed(1)
+    masks = encoder.draw_masks(source, padding_mask, SEEDS)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(encoder.draw_masks(2 * source, padding_mask, SEEDS), masks)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state), "torch's generator must not be used"
+    frames = [int(CONFIG.num_frames(n)) for n in LENGTHS]
+    assert masks.shape == (3, max(frames)) and masks.dtype == torch.bool
+    for i, n in enumerate(frames):  # each as if it were alone
+        alone = encoder.draw_masks(source[i : i + 1, : LENGTHS[i]], None, SEEDS[i : i + 1])
+        assert torch.equal(alone[0], masks[i, :n]) and not masks[i, n:].any()
+        assert 0 < alone.sum() < n
+    others = [
+        encoder.draw_masks(source, padding_mask, seeds)
+        for seeds in ([(1, 8, i) for i in range(3)], [(2, 7, i) for i in range(3)])
+    ]
+    assert all(not torch.equal(other, masks) for other in others)
+    assert not torch.equal(masks[0, : frames[1]], masks[1, : frames[1]])
+
+
+def test_equally_many_frames_on_request() -> None:
+    source, padding_mask = batch(LENGTHS)
+    masks = make_encoder(masking=MaskConfig(mask_prob=0.4, mask_length=4)).draw_masks(source, padding_mask, SEEDS)
+    assert len(set(masks.sum(1).tolist())) == 1
+
+
+def test_a_waveform_without_a_frame_is_refused() -> None:
+    with pytest.raises(ValueError, match="must have at least 20 samples"):
+        make_encoder().draw_masks(torch.zeros(1, 12), None, SEEDS[:1])
+
+
+def test_masked_frames_are_given_on_and_change_every_layer() -> None:
+    encoder = make_encoder()
+    source, padding_mask = batch(LENGTHS)
+    masked = encoder.draw_masks(source, padding_mask, SEEDS)
+    clean, out = encoder(source, padding_mask), encoder(source, padding_mask, masked=masked)
+    assert clean.masked is None and torch.equal(out.masked, masked)
+    nothing = encoder(source, padding_mask, masked=torch.zeros_like(masked))
+    for a, b, c in zip(clean.hidden_states, out.hidden_states, nothing.hidden_states, strict=True):
+        assert torch.equal(a, c) and (a - b)[masked].abs().max() > 1e-3
+    single = encoder(source[1:2, : LENGTHS[1]], None, masked=masked[1:2, : int(CONFIG.num_frames(LENGTHS[1]))])
+    torch.testing.assert_close(single.x[0], out.x[1, : single.x.shape[1]], rtol=1e-4, atol=1e-5)
+    encoder.zero_grad()
+    out.x.sum().backward()
+    assert encoder.mask_emb.grad is not None and encoder.mask_emb.grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------- the teacher
+
+
+def test_the_teacher_puts_its_own_embedding_where_the_student_is_masked() -> None:
+    encoder = make_encoder(3)
+    teacher = make_teacher(encoder)
+    source, padding_mask = batch(LENGTHS)
+    masked = make_encoder(4).draw_masks(source, padding_mask, SEEDS)
+    states, _ = teacher.hidden_states(source, padding_mask, [0, 2], masked)
+    expected = encoder(source, padding_mask, masked=masked).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(states, (expected[0], expected[2]), strict=True))
+    clean, _ = teacher.hidden_states(source, padding_mask, [0, 2])
+    assert not torch.equal(clean[1], states[1])
+
+
+def test_a_teacher_that_normalises_waveforms_itself() -> None:
+    teacher = make_teacher(make_encoder(5), normalize=True)
+    source, padding_mask = batch(LENGTHS)
+    source = 3 * source + (~padding_mask) * 0.5
+    expected, _ = teacher.hidden_states(normalize_waveforms(source, padding_mask), padding_mask, [2])
+    raw, _ = teacher.hidden_states(source, padding_mask, [2])
+    teacher.normalizes_itself = True
+    got, _ = teacher.hidden_states(source, padding_mask, [2])
+    assert torch.equal(got[0], expected[0]) and not torch.equal(got[0], raw[0])
