@@ -21,7 +21,9 @@ __all__ = ["MaskedModel", "load"]
 
 
 def load(path: str | os.PathLike[str], device: str = "cpu") -> SpeechModel:
-    """Loads a checkpoint of s3distill or fairseq (teacher, student, compact, fine-tuned) for inference.
+    """Loads a checkpoint of s3distill, fairseq or WavLM (teacher, student, compact, fine-tuned) for inference.
+
+    Or a folder: of Hugging Face's transformers (wav2vec2, hubert, wavlm, data2vec-audio), or of `s3distill convert`.
 
         model = s3distill.load("compact.pt")
         out = model(waveforms, lengths)  # [B, S] float32 at 16 kHz, [B] or None
@@ -29,8 +31,8 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> SpeechModel:
     Returns:
         A `SpeechModel` in evaluation mode, float32.
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is corrupt, refused (see `compat.load_checkpoint`) or of an unsupported model.
+        FileNotFoundError: there is no such file, or the folder lacks some.
+        ValueError: it is corrupt, refused (see `compat.load_checkpoint`) or of an unsupported model.
     """
     from s3distill.encoder.checkpoint import parse_checkpoint
     from s3distill.encoder.speech_model import SpeechModel

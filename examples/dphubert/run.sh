@@ -8,10 +8,10 @@ if [[ -z "${DATA:-}" || -z "${TEACHER:-}" || -z "${LABELLED:-}" ]]; then
     cat >&2 <<'USAGE'
 usage: DATA=DIR TEACHER=FILE LABELLED=DIR [OPTION=...] examples/dphubert/run.sh
   DATA      folder of train.tsv and valid.tsv, for distillation (e.g. LibriSpeech 960 h)
-  TEACHER   pre-trained fairseq checkpoint, e.g. hubert_base_ls960.pt
+  TEACHER   pre-trained checkpoint or Hugging Face folder, e.g. hubert_base_ls960.pt
   LABELLED  folder of train, dev_other and the test splits (.tsv, .ltr) and dict.ltr.txt, for fine-tuning and decoding
 options, with their defaults:
-  FAMILY=hubert_base           hubert_large, wav2vec2_base, wav2vec2_large, data2vec_base
+  FAMILY=hubert_base           hubert_large, wav2vec2_base, wav2vec2_large, data2vec_base, wavlm_base_plus
   FINETUNE=librispeech_100h    librispeech_10h, librispeech_1h
   TEST="test_clean test_other" splits to decode
   OUT=outputs/dphubert_FAMILY  folder of everything

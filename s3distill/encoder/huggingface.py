@@ -101,12 +101,12 @@ def from_huggingface(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     encoder_state = _encoder_state(inner, encoder, name)
     options = options_from_config(encoder, family, normalize)
     is_ctc = any(str(architecture).endswith("ForCTC") for architecture in config.get("architectures") or [])
-    if not is_ctc:
+    if not is_ctc and "lm_head.weight" not in outer:
         return checkpoint_layout(options, encoder_state, normalize, extra_state=outer)
     head = {key: outer.pop(f"lm_head.{key}") for key in ("weight", "bias") if f"lm_head.{key}" in outer}
     if len(head) < 2 or files.get("vocab") is None:
         lacking = "no vocab.json" if len(head) == 2 else "no lm_head.weight and lm_head.bias among its weights"
-        raise ValueError(f"{name} is a CTC model by its config.json, but has {lacking}; was it downloaded completely?")
+        raise ValueError(f"{name} is a CTC model (ForCTC), but has {lacking}; was it downloaded completely?")
     blank = config.get("pad_token_id", _DEFAULTS["pad_token_id"])
     head, symbols = fairseq_order(head, files["vocab"], blank, name)
     return checkpoint_layout(options, encoder_state, normalize, head, symbols)

@@ -45,7 +45,7 @@ class EncoderOutput:
 
 
 class SpeechEncoder(nn.Module):
-    """wav2vec 2.0 / HuBERT / data2vec-audio's encoder, with the checkpoints' own parameter names.
+    """wav2vec 2.0 / HuBERT / data2vec-audio / WavLM's encoder, with the checkpoints' own parameter names.
 
     Args:
         config: the shape.

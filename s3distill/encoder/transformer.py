@@ -204,7 +204,7 @@ class Transformer(nn.Module):
             x = self.layer_norm(x)
         x = F.dropout(x, self.dropout, self.training)
         attention_mask = attention_mask_from_padding(padding_mask)
-        position_bias = None if self.relative_attention_bias is None else self.relative_attention_bias.bias(x.shape[1])
+        position_bias = None if self.relative_attention_bias is None else self.relative_attention_bias(x.shape[1])
         hidden_states, ffn_outputs = [x], []
         for i, layer in enumerate(self.layers[:num_layers]):
             # torch's generator is seeded per update by the trainer, so a resumed run drops the same layers

@@ -70,9 +70,10 @@ def masked_hidden_state_loss(
                              the target is what the teacher makes of the same masked audio, since a student that hears x'
                              cannot know what the clean context would have made of them
 
-    The distance d is this project's, with its weights; ARMHuBERT's is the squared error alone (``LossWeights(0, 1, 0)``).
-    Divided by ``num_frames``, L is the mean over the frames that count: masked ones, or all valid ones where m = u = 1,
-    as in the two papers.
+    Chosen here: the distance d is this project's, with its weights, and so are the layers; ARMHuBERT takes the squared error
+    of every layer (``LossWeights(0, 1, 0)``), LightHuBERT's own distance and supernet are not rebuilt. Divided by
+    ``num_frames``, L is the mean over the frames that count: masked ones, or all valid ones where m and u are positive, which
+    is ARMHuBERT's division. Both models put their own mask embedding at the same frames.
 
     Args:
         prediction: p(x'), [B, T, C].

@@ -29,7 +29,7 @@ class SslStudentConfig(FairseqDataclass):
     student_path: Optional[str] = field(
         default=None,
         metadata={
-            "help": "checkpoint that the student starts from (the teacher's, or a compact one): shape and weights; "
+            "help": "checkpoint or Hugging Face folder that the student starts from (the teacher's, or a compact one): shape and weights; "
             "heads come along where they fit. None: random weights in the shape of the options below"
         },
     )

@@ -110,6 +110,23 @@ def build_normalized(path: Path, data: Path, normalize: bool, **options: Any) ->
     return build_fine_tuning(path, data, "audio_finetuning", **options)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["wav2vec2", "hubert", "data2vec-audio"])
+@torch.no_grad()
+def test_fairseqs_models_at_real_widths(model_type: str, tmp_path: Path, record_property: Any) -> None:
+    large = folders.LARGE if model_type == "hubert" else {}
+    model = folders.build(model_type, {**large, "num_hidden_layers": 2})
+    path = convert(folders.write(tmp_path / "folder", model), tmp_path / "converted.pt")
+    _, tuning = build_fine_tuning(path, tmp_path, "audio_finetuning")
+    source, _ = utterances([16000])
+    expected, x = folders.reference(model, source)
+    states, _, got = fairseqs(tuning.w2v_encoder.w2v_model.eval(), source)
+    worst = max(error(got, x), *(error(ours, theirs) for ours, theirs in zip(states, expected, strict=True)))
+    record_property("worst_error", worst)
+    print(f"{model_type}, fairseq after conversion: {worst:.2e}")
+    assert worst <= TOLERANCE
+
+
 STOCK_ALONE = """
 import sys, torch
 sys.modules["s3distill"] = None

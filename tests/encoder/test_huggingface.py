@@ -363,7 +363,7 @@ DAMAGES = [
         r"has a config.json, but no weights: .* \(model.safetensors.part cannot be read\); was it downloaded",
     ),
     (Damage.no_preprocessor, r"no preprocessor_config.json, so it is unknown whether .* or write one that holds"),
-    (Damage.no_vocabulary, "is a CTC model by its config.json, but has no vocab.json; was it downloaded completely"),
+    (Damage.no_vocabulary, r"is a CTC model \(ForCTC\), but has no vocab.json; was it downloaded completely"),
     (Damage.a_lost_shard, r"is not whole: model-00002-of-00003.safetensors \(1 of 3 files\) are not there"),
     (Damage.an_old_shard, r"is not whole: its index names .* \(1 tensors in all\), which are in none of its 3 files"),
     (Damage.a_map_to_elsewhere, "must have a `weight_map` of tensors to files beside it"),
@@ -372,7 +372,7 @@ DAMAGES = [
     (Damage.a_pointer, "is a git-lfs pointer and not the weights themselves; run `git lfs pull`"),
     (Damage.half_a_config, "config.json is not valid JSON"),
     (Damage.a_lost_tensor, r"missing: \['encoder.layers.1.fc2.bias'\]"),
-    (Damage.no_head, "is a CTC model by its config.json, but has no lm_head.weight and lm_head.bias"),
+    (Damage.no_head, r"is a CTC model \(ForCTC\), but has no lm_head.weight and lm_head.bias"),
     (Damage.an_unknown_tensor, r"has encoder parameters that s3distill's encoder has not, .*adapter_layer"),
     (Damage.another_size, r"of another shape: .*'encoder.layers.0.fc1.bias: \(48,\) instead of \(52,\)'"),
     (Damage.no_model, "must hold tensors by name, but holds something else"),
@@ -518,13 +518,23 @@ def test_stock_fairseq_says_what_to_do_with_a_folder(folder: Path) -> None:
         checkpoint_utils.load_checkpoint_to_cpu(str(folder))
 
 
-@pytest.mark.parametrize(("dim", "ffn_dim"), [(1280, 5120), (1920, 7680)], ids=["1B", "2B"])
-def test_xls_r_has_as_many_parameters(dim: int, ffn_dim: int) -> None:
+XLS_R = folders.PRE_LN | {"num_hidden_layers": 48, "num_attention_heads": 16}
+COUNTED = [
+    pytest.param("wavlm", {}, 94_381_936, id="wavlm-base"),
+    pytest.param("wavlm", folders.LARGE | {"num_hidden_layers": 24, "conv_bias": False}, 315_453_120, id="wavlm-large"),
+    pytest.param("data2vec-audio", {}, 93_164_288, id="data2vec-base"),
+    pytest.param("wav2vec2", XLS_R | {"hidden_size": 1280, "intermediate_size": 5120}, 962_497_408, id="xls-r-1b"),
+    pytest.param("wav2vec2", XLS_R | {"hidden_size": 1920, "intermediate_size": 7680}, 2_159_259_648, id="xls-r-2b"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "shape", "num_parameters"), COUNTED)
+def test_released_shapes_are_counted(model_type: str, shape: dict, num_parameters: int) -> None:
     """Against the model of `transformers`, without memory for either."""
-    library = folders.transformers()
-    shape = {"hidden_size": dim, "intermediate_size": ffn_dim, "num_hidden_layers": 48, "num_attention_heads": 16}
-    options = library.Wav2Vec2Config(**folders.PRE_LN, **shape)
-    config = encoder_config(options.to_dict(), "XLS-R")
+    library, name = folders.transformers(), folders._CLASSES[model_type]
+    options = getattr(library, f"{name}Config")(**shape)
+    config = encoder_config(options.to_dict(), "the model")
     with torch.device("meta"):
-        theirs = library.Wav2Vec2Model(options)
-    assert count_parameters(config, GateCounts.full(config)) == sum(p.numel() for p in theirs.parameters())
+        theirs = getattr(library, f"{name}Model")(options)
+    counted = count_parameters(config, GateCounts.full(config))
+    assert counted == sum(p.numel() for p in theirs.parameters()) == num_parameters

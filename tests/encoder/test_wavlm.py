@@ -127,9 +127,9 @@ def test_the_table_is_laid_out_by_distance(num_frames: int) -> None:
     table = RelativePositionBias(320, 800, 2)
     distance = torch.arange(num_frames)[None, :] - torch.arange(num_frames)[:, None]  # key - query
     expected = table.weight[relative_position_buckets(distance, 320, 800)].permute(2, 0, 1)
-    assert torch.equal(table.bias(num_frames), expected)
+    assert torch.equal(table(num_frames), expected)
     probe = torch.randn(expected.shape)
-    (ours,) = torch.autograd.grad((table.bias(num_frames) * probe).sum(), table.weight)
+    (ours,) = torch.autograd.grad((table(num_frames) * probe).sum(), table.weight)
     (theirs,) = torch.autograd.grad((expected * probe).sum(), table.weight)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -171,11 +171,11 @@ def test_attention_is_the_papers_loop(heads: tuple[int, ...]) -> None:
     table.weight.normal_(std=2)
     x, num_valid = torch.randn(2, 6, 16).double(), [6, 4]
     mask = (torch.arange(6) < torch.tensor(num_valid)[:, None])[:, None, None, :]
-    ours = attention(x, mask, position_bias=table.bias(6))
+    ours = attention(x, mask, position_bias=table(6))
     for row, valid in enumerate(num_valid):
         expected = naive_attention(attention, x[row], table.weight, valid, heads, 4)
         torch.testing.assert_close(ours[row], expected)
-    unmasked = attention(x[:1], None, position_bias=table.bias(6))
+    unmasked = attention(x[:1], None, position_bias=table(6))
     torch.testing.assert_close(unmasked, ours[:1])
 
 
@@ -205,8 +205,8 @@ def test_the_bias_is_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPatc
     parsed = parse_checkpoint(folders.released_wavlm())
     encoder = SpeechEncoder(parsed.config).eval()
     calls: list[int] = []
-    stock = RelativePositionBias.bias
-    monkeypatch.setattr(RelativePositionBias, "bias", lambda self, frames: calls.append(frames) or stock(self, frames))
+    stock = RelativePositionBias.forward
+    monkeypatch.setattr(RelativePositionBias, "forward", lambda self, n: calls.append(n) or stock(self, n))
     out = encoder(torch.randn(2, 9000))
     assert calls == [out.x.shape[1]] and parsed.config.num_layers == 3
     assert sum("relative_attention_bias" in name for name, _ in encoder.named_parameters()) == 1
@@ -299,6 +299,40 @@ def test_impossible_biases_are_refused(changes: dict, message: str) -> None:
     config = config_from_options(folders.SMALL_CFG, "wavlm")
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config, **changes)
+
+
+def test_a_student_from_scratch_may_have_a_bias() -> None:
+    from omegaconf import OmegaConf
+
+    from s3distill.models.ssl_student import SslStudent, SslStudentConfig
+
+    options = {**folders.checkpoints.SMALL, "relative_position_embedding": True, "num_buckets": 16, "max_distance": 40}
+    cfg = OmegaConf.structured(SslStudentConfig(**options, prune_units=["head"], normalize=False, seed=1))
+    student = SslStudent.build_model(cfg, task=object())
+    assert (student.config.position_buckets, student.config.position_max_distance) == (16, 40)
+    student.extract_features(torch.randn(2, 9000), None)["x"].square().sum().backward()
+    for name in ("encoder.relative_attention_bias.weight", "encoder.layers.1.self_attn.grep_a"):
+        assert student.get_parameter(name).grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_it_exports_with_any_length() -> None:
+    """`torch.export`, on which ONNX builds, must not fix the number of frames that the bias is laid out for."""
+    config = config_from_options(folders.SMALL_CFG | {"encoder_layers": 1}, "wavlm")
+    encoder = SpeechEncoder(config).eval()
+
+    class Output(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, source: Tensor) -> Tensor:
+            return self.encoder(source).x
+
+    dynamic = {"source": {1: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(Output(), (torch.randn(1, 9000),), dynamic_shapes=dynamic)
+    longer = torch.randn(1, 20_000)
+    torch.testing.assert_close(program.module()(longer), encoder(longer).x)
 
 
 def test_stock_fairseq_says_what_to_do_with_a_released_file(tmp_path: Path) -> None:

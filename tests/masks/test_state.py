@@ -323,9 +323,9 @@ def test_the_originals_files_give_the_originals_logits(family: str, options: dic
     made = network_of(parsed)
     logits = made(WAVEFORM)[0]
     scale = float(expected.abs().max())
-    assert float((logits - expected).abs().max()) <= 1e-5 * scale
+    assert (logits - expected).abs().max().item() <= 1e-5 * scale
     dense = network_of(dataclasses.replace(parsed, scores={}))
-    assert float((dense(WAVEFORM)[0] - expected).abs().max()) > 1e-2 * scale, "the masks have no effect"
+    assert (dense(WAVEFORM)[0] - expected).abs().max().item() > 1e-2 * scale, "the masks have no effect"
 
 
 @pytest.mark.parametrize(("family", "options"), CASES[:3], ids=lambda v: v if isinstance(v, str) else ",".join(v))
