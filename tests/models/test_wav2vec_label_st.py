@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 pytest.importorskip("fairseq")
@@ -121,7 +122,7 @@ def test_a_run_loads_alone_in_fairseq_and_here(options: dict, corpus: Path, back
     (rebuilt,), _, again = checkpoint_utils.load_model_ensemble_and_task([str(run)])
     assert type(rebuilt).__name__ == "Wav2VecLabelSt" and again.classes == labels.CLASSES
     torch.testing.assert_close(logits_of(rebuilt.eval(), source, padding_mask), expected, rtol=0, atol=1e-6)
-    rebuilt.prepare_for_inference_(None)
+    rebuilt.prepare_for_inference_(OmegaConf.create({"generation": {}}))
     assert not rebuilt.w2v_encoder.masked_modules()
     torch.testing.assert_close(logits_of(rebuilt, source, padding_mask), expected, rtol=0, atol=1e-5)
 
