@@ -6,7 +6,8 @@
 Everything that is compared is measured in one run, in turns, and the least of the repeats counts: what else the machine does then
 falls on all alike. wav2vec 2.0 base's shape (post-LN, GroupNorm, 12 x 768/3072), random weights, 2 x 4 s of noise, no
 SpecAugment, no dropout, a frozen extractor (feature_grad_mult=0), torch's fused AdamW: a slower optimizer, such as fairseq's
-Adam on a CPU, brings all ratios nearer to 1. ``--dtype`` is that of autocast; parameters stay float32.
+Adam on a CPU, brings all ratios nearer to 1. ``--dtype`` is that of autocast; parameters stay float32, and losses are
+not scaled, which time does not depend on.
 """
 
 from __future__ import annotations
@@ -131,9 +132,6 @@ def rows(section: str, values: Mapping[str, float], unit: str, limits: Mapping[s
     return [Row(section, name, value, unit, value / first, (limits or {}).get(name)) for name, value in values.items()]
 
 
-# ---- timing
-
-
 def seconds(run: Callable[[], Any], settings: Settings) -> float:
     if settings.device != "cuda":
         clock = time.process_time if settings.clock == "cpu" else time.perf_counter
@@ -169,9 +167,6 @@ def least_seconds(
 
 def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-# ---- selection
 
 
 class SortedMask(torch.autograd.Function):
@@ -219,9 +214,6 @@ def measure_selection(settings: Settings) -> tuple[list[Row], dict[str, bool]]:
     expected = SortedMask.apply(scores.abs(), DENSITY).bool()
     checks = {f"{name}: the mask of the full sort": bool(torch.equal(way(), expected)) for name, way in ways.items()}
     return rows(section, least_seconds(section, ways, settings), "s"), checks
-
-
-# ---- training steps
 
 
 class Training:
@@ -302,9 +294,6 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool(a.isfinite().all()) and float((a - b).abs().max()) <= 1e-4 * float(b.abs().max())
 
 
-# ---- evaluation
-
-
 def measure_evaluation(forms: dict[str, Training], settings: Settings) -> tuple[list[Row], dict[str, bool]]:
     """Forward passes without gradients, in evaluation mode; masks as the last update left them."""
     baked = copy.copy(forms[MASKED.name])
@@ -323,9 +312,6 @@ def measure_evaluation(forms: dict[str, Training], settings: Settings) -> tuple[
     runs = {name: training.logits for name, training in networks.items()}
     least = least_seconds(section, runs, settings, slow=("sort per forward",))
     return rows(section, least, "s", {"masked": EVAL_LIMIT, "masked, baked": EVAL_LIMIT}), checks
-
-
-# ---- memory
 
 
 def measure_memory(settings: Settings) -> list[Row]:
@@ -348,9 +334,6 @@ def peak_memory(form: Form, settings: Settings) -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 2**10 if sys.platform == "linux" else 1  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-# ---- the table
 
 
 def measure(settings: Settings) -> dict[str, Any]:

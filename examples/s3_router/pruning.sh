@@ -12,7 +12,7 @@ usage: [OPTION=...] examples/s3_router/pruning.sh
 options, with their defaults:
   METHODS="s3_router omp imp parp"
   SPARSITIES="50 70 80"           percent of each masked matrix that are removed
-  UPDATES=240                     of each pruning run
+  UPDATES=200                     of each pruning run
   DATA=                           your own manifests (train, test, .ltr, .wrd, dict.ltr.txt); empty: demo speech
   DENSE=                          your own model, fine-tuned with CTC; empty: a small one is trained on DATA
   TEST=test                       split to decode
@@ -23,7 +23,7 @@ options, with their defaults:
 USAGE
     exit 2
 fi
-export METHODS=${METHODS:-s3_router omp imp parp} SPARSITIES=${SPARSITIES:-50 70 80} UPDATES=${UPDATES:-240} TEST=${TEST:-test}
+export METHODS=${METHODS:-s3_router omp imp parp} SPARSITIES=${SPARSITIES:-50 70 80} UPDATES=${UPDATES:-200} TEST=${TEST:-test}
 export OUT=${OUT:-outputs/s3_router_pruning} JOBS=${JOBS:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$OUT/logs"
 log=
@@ -62,14 +62,13 @@ logged() {
         case $method in
         dense) decode dense "$DENSE" ;;
         # the same updates without pruning: what of a difference comes from training longer
-        dense_longer) tune dense_longer model.prune_rate=1 model.co_train=true "optimization.lr=[0.001]" ;;
-        # the scores start as the weights, and Adam moves them by its learning rate: that has to be of their size
-        s3_router) tune "$run" "${pruned[@]}" "optimization.lr=[0.001]" ${S3_ROUTER_ARGS:-} ;;
-        omp) tune "$run" "${pruned[@]}" "optimization.lr=[0.001]" ${OMP_ARGS:-} ;;
+        dense_longer) tune dense_longer model.prune_rate=1 model.co_train=true ;;
+        # the scores start as the weights, and Adam moves both by the learning rate: so one rate suits all
+        s3_router) tune "$run" "${pruned[@]}" ${S3_ROUTER_ARGS:-} ;;
+        omp) tune "$run" "${pruned[@]}" ${OMP_ARGS:-} ;;
         # five steps within the first 40% of the updates
-        imp) tune "$run" "${pruned[@]}" "optimization.lr=[0.001]" model.prune_steps=5 "model.prune_interval=$((UPDATES / 10))" ${IMP_ARGS:-} ;;
-        # an interval in which a weight can grow from 0 to the size of those that stay
-        parp) tune "$run" "${pruned[@]}" "optimization.lr=[0.001]" "model.prune_interval=$((UPDATES / 4))" ${PARP_ARGS:-} ;;
+        imp) tune "$run" "${pruned[@]}" model.prune_steps=5 "model.prune_interval=$((UPDATES / 10))" ${IMP_ARGS:-} ;;
+        parp) tune "$run" "${pruned[@]}" "model.prune_interval=$((UPDATES / 4))" ${PARP_ARGS:-} ;;
         *) echo "METHODS must be of s3_router, omp, imp and parp, but has $method" >&2 && return 2 ;;
         esac
     }

@@ -33,7 +33,7 @@ class StraightThrough(torch.autograd.Function):
         if slope is not None and ctx.needs_input_grad[0]:
             grad_scores = (grads[0] * slope).sum_to_size(ctx.shape)
         if mask is not None and ctx.needs_input_grad[1]:
-            grad_weight = grads[0] * mask
+            grad_weight = grads[0] * mask.view(torch.uint8)  # which the CPU multiplies with faster than with bool
         return grad_scores, grad_weight, None, None, None
 
 

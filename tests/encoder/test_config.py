@@ -67,6 +67,7 @@ def small(**options: Any) -> EncoderConfig:
 
 
 @given(configs | biased_configs())
+@settings(deadline=None)
 def test_json_gives_the_same_config(config: EncoderConfig) -> None:
     text = config.to_json()
     assert "\n" not in text and EncoderConfig.from_json(text) == config
