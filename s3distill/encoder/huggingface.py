@@ -102,7 +102,13 @@ def from_huggingface(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     options = options_from_config(encoder, family, normalize)
     is_ctc = any(str(architecture).endswith("ForCTC") for architecture in config.get("architectures") or [])
     if not is_ctc and "lm_head.weight" not in outer:
-        return checkpoint_layout(options, encoder_state, normalize, extra_state=outer)
+        # under a name of their own: the speaker model's head, for one, is called feature_extractor
+        return checkpoint_layout(
+            options,
+            encoder_state,
+            normalize,
+            extra_state={f"transformers.{key}": value for key, value in outer.items()},
+        )
     head = {key: outer.pop(f"lm_head.{key}") for key in ("weight", "bias") if f"lm_head.{key}" in outer}
     if len(head) < 2 or files.get("vocab") is None:
         lacking = "no vocab.json" if len(head) == 2 else "no lm_head.weight and lm_head.bias among its weights"

@@ -273,7 +273,14 @@ def test_a_folder_with_other_heads_gives_its_encoder(tmp_path: Path) -> None:
     loaded = s3distill.load(folders.write(tmp_path, model.eval()))
     assert loaded.head is None and worst_error(loaded, model.wav2vec2, [9000]) <= TOLERANCE
     parsed = parse_checkpoint(compat.load_checkpoint(tmp_path))
-    assert any(name.startswith("quantizer.") for name in parsed.extra_state)
+    assert any(name.startswith("transformers.quantizer.") for name in parsed.extra_state)
+
+    speakers = folders.transformers().WavLMForXVector(
+        folders.transformers().WavLMConfig(**folders.SMALL, num_conv_pos_embeddings=16, tdnn_dim=[8] * 5)
+    )
+    assert "feature_extractor.weight" in speakers.state_dict()
+    loaded = s3distill.load(folders.write(tmp_path / "sv", speakers.eval()))
+    assert loaded.head is None and worst_error(loaded, speakers.wavlm, [9000]) <= TOLERANCE
 
 
 class Damage:
