@@ -28,21 +28,8 @@ recipe=config/distill/dphubert_${FAMILY}_stage1.yaml
 [[ -f $recipe ]] || { echo "FAMILY=$FAMILY has no recipe $recipe" >&2; exit 2; }
 normalize=$(sed -n 's/^  normalize: \([a-z]*\).*/\1/p' "$recipe") # as the teacher was trained
 
-# step NAME COMMAND...: shows and runs a command, once
-step() {
-    local name=$1 done_mark="$OUT/done/$1"
-    shift
-    echo "[$name] $*"
-    if [[ -e $done_mark ]]; then
-        echo "[$name] done before"
-        return
-    fi
-    "$@"
-    mkdir -p "$OUT/done"
-    touch "$done_mark"
-}
-
-last() { echo "$OUT/$1/checkpoints/checkpoint_last.pt"; }
+# shellcheck source=examples/steps.sh
+source examples/steps.sh
 
 # The ARGS are lists of words: they are split on purpose.
 # shellcheck disable=SC2086

@@ -61,7 +61,7 @@ def table(report: dict[str, Any]) -> list[str]:
     lines += ["", _row("", ["", "OTHER", "kept"][: 1 + 2 * (len(columns) - 1)])]
     named = {
         "encoder": "encoder",
-        "ctc_head": "CTC head",
+        "ctc_head": "output head",
         "prediction_heads": "prediction heads",
         "gates": "gates",
         "other": "other",

@@ -64,8 +64,8 @@ class MaskedNetwork(nn.Module):
         """Masked modules by name (``w2v_model.encoder.layers.0.fc1``, ..., ``proj``)."""
         return dict(masked_modules(self))
 
-    def reset_scores(self, names: list[str] | None = None) -> None:
-        """Starts the scores (of all masked modules, or those named) anew from the weights as they are.
+    def reset_scores(self) -> None:
+        """Starts the scores of all masked modules anew from the weights as they are.
 
         Noise depends on torch's seed and the module's name alone: the ranks of a distributed run start with the same masks.
         """
@@ -74,9 +74,8 @@ class MaskedNetwork(nn.Module):
             self.magnitude.start()
             return
         for name, module in self.masked_modules().items():
-            if names is None or name in names:
-                generator = torch.Generator().manual_seed(torch.initial_seed() % 2**32 + zlib.crc32(name.encode()))
-                module.reset_scores(self.options.init_score, self.options.init_score_scale, generator)
+            generator = torch.Generator().manual_seed(torch.initial_seed() % 2**32 + zlib.crc32(name.encode()))
+            module.reset_scores(self.options.init_score, self.options.init_score_scale, generator)
 
     def forward(
         self, source: Tensor, padding_mask: Tensor | None = None, mask: bool = False, frozen_encoder: bool = False

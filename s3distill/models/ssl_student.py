@@ -16,6 +16,7 @@ from s3distill.encoder.config import ACTIVATIONS, EXTRACTOR_MODES, EncoderConfig
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.gates import MEASURES, UNITS, GateCounts, GateSet, Lagrangian, check_target, count_cost, sparsity
 from s3distill.heads import INITS, MODES, SHARINGS, HeadsConfig, TeacherHeads, parse_pairs_per_teacher
+from s3distill.masks.state import baked
 
 logger = logging.getLogger(__name__)
 
@@ -350,7 +351,7 @@ def _heads_configs(cfg: SslStudentConfig, config: EncoderConfig) -> list[HeadsCo
 
 
 def _read(path: str, normalize: bool) -> ParsedCheckpoint:
-    parsed = parse_checkpoint(compat.load_checkpoint(path), path)
+    parsed = baked(parse_checkpoint(compat.load_checkpoint(path), path), path)
     if parsed.normalize != normalize:
         raise ValueError(
             f"`task.normalize` must be what the checkpoint was trained with: {path} has normalize={parsed.normalize}, but the task "

@@ -17,6 +17,7 @@ from s3distill.encoder.checkpoint import parse_checkpoint
 from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.teacher import DTYPES, Teacher
 from s3distill.losses import normalize_target
+from s3distill.masks.state import baked
 from s3distill.tasks._audio import SeededCropDataset, check_split
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class AudioDistillTask(AudioPretrainingTask):
         return weights
 
     def _read_teacher(self, path: str, weight: float) -> Teacher:
-        parsed = parse_checkpoint(compat.load_checkpoint(path), path)
+        parsed = baked(parse_checkpoint(compat.load_checkpoint(path), path), path)
         teacher = Teacher(parsed, str(self.cfg.teacher_dtype), f"teacher {path}")
         config = teacher.config
         logger.info(

@@ -372,16 +372,6 @@ def test_starting_scores_draws_nothing_from_the_common_generator() -> None:
     assert torch.equal(drawn, torch.rand(3))
 
 
-def test_only_the_named_scores_are_reset() -> None:
-    made = network()
-    before = {name: module.scores.detach().clone() for name, module in made.masked_modules().items()}
-    torch.manual_seed(1)
-    name = "w2v_model.encoder.layers.1.fc2"
-    made.reset_scores([name])
-    changed = {n for n, module in made.masked_modules().items() if not torch.equal(module.scores, before[n])}
-    assert changed == {name}
-
-
 @pytest.mark.parametrize("init", ["weight_rank", "weight_magnitude", "weight_magnitude_with_scale"])
 def test_starts_from_the_weights_remove_the_smallest(init: str) -> None:
     made = network(init_score=init, init_score_scale=0.1, prune_rate=0.3, **EVERYTHING)
