@@ -199,11 +199,15 @@ def mask_by_kthvalue(scores: Tensor) -> Tensor:
     return magnitudes > magnitudes.flatten().kthvalue(num_removed(DENSITY, scores.numel())).values
 
 
+def different_scores(number: int, generator: torch.Generator | None = None) -> Tensor:
+    """Shuffled scores of different size in [-1, 1], since of equal ones each way to select may take others."""
+    signs = 1 - 2 * torch.randint(2, (number,), generator=generator)
+    return (torch.randperm(number, generator=generator) + 1) * signs / number  # below 2**24 all are different in float32
+
+
 def measure_selection(settings: Settings) -> tuple[list[Row], dict[str, bool]]:
     num_scores = settings.matrix[0] * settings.matrix[1]
-    # all different (below 2**24 every integer is a float32), since of equal scores each way may take others
-    scores = (torch.randperm(num_scores) + 1).float() * (1 - 2 * torch.randint(2, (num_scores,)))
-    scores = scores.view(settings.matrix).to(settings.device)
+    scores = different_scores(num_scores).view(settings.matrix).to(settings.device)
     ways: dict[str, Callable[[], Tensor]] = {
         "full sort (the original)": lambda: SortedMask.apply(scores.abs(), DENSITY).bool(),
         "topk of the smaller side": lambda: mask_by_topk(scores),
@@ -226,6 +230,10 @@ class Training:
         self.network.w2v_model.feature_extractor.requires_grad_(False)
         if form.masks is not None:
             self.network.add_masks(MaskOptions(**form.masks))
+            for index, module in enumerate(self.network.masked_modules().values()):
+                generator = torch.Generator().manual_seed(index)
+                with torch.no_grad():
+                    module.scores.copy_(different_scores(module.scores.numel(), generator).view_as(module.scores))
         if form.sorts:
             for module in self.network.masked_modules().values():
                 module.masked_weight = functools.partial(sorted_weight, module)  # type: ignore[method-assign]
