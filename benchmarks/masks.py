@@ -202,7 +202,9 @@ def mask_by_kthvalue(scores: Tensor) -> Tensor:
 def different_scores(number: int, generator: torch.Generator | None = None) -> Tensor:
     """Shuffled scores of different size in [-1, 1], since of equal ones each way to select may take others."""
     signs = 1 - 2 * torch.randint(2, (number,), generator=generator)
-    return (torch.randperm(number, generator=generator) + 1) * signs / number  # below 2**24 all are different in float32
+    return (
+        (torch.randperm(number, generator=generator) + 1) * signs / number
+    )  # below 2**24 all are different in float32
 
 
 def measure_selection(settings: Settings) -> tuple[list[Row], dict[str, bool]]:

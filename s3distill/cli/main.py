@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("s3distill.cli.train", "fairseq-hydra-train, with devices, paths, options and manifests checked first"),
     "prune": ("s3distill.cli.prune", "cut the closed gates out of a trained student"),
     "inspect": ("s3distill.cli.inspect", "parameters, MACs, shapes and speed of a checkpoint"),
+    "report": ("s3distill.cli.report", "runs or a sweep beside each other: error rate against size and speed"),
     "convert": (
         "s3distill.cli.convert",
         "Hugging Face folders and WavLM files to fairseq checkpoints, students to folders",

@@ -104,7 +104,12 @@ def starts_from_another_run() -> bool:
 
 
 def _know_starts() -> None:
-    """Tells models that load a state what fairseq's trainer knows: whether it is another run's."""
+    """Tells models that load a state what fairseq's trainer knows: whether it is another run's.
+
+    fairseq keeps the best validation of a run on a function, where the next run in this process (hydra's ``-m``) would find it:
+    it starts anew here, before a checkpoint to resume from brings its own.
+    """
+    from fairseq import checkpoint_utils
     from fairseq.trainer import Trainer
 
     stock = Trainer.load_checkpoint
@@ -112,6 +117,7 @@ def _know_starts() -> None:
     def load_checkpoint(self: Any, filename: str, *values: Any, **options: Any) -> Any:
         global _starting
         _starting = filename == self.cfg.checkpoint.finetune_from_model
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)
         try:
             return stock(self, filename, *values, **options)
         finally:
