@@ -137,7 +137,7 @@ def test_paths_mean_what_was_typed_and_outputs_stay_together(recipe: Path) -> No
     raw, cfg = OmegaConf.load(recipe), compose(recipe)
     assert raw.hydra.job.chdir is False
     assert cfg.common.user_dir == "s3distill"
-    assert cfg.checkpoint.save_dir == "run_dir/checkpoints"
+    assert cfg.checkpoint.save_dir == str(Path.cwd() / "run_dir" / "checkpoints")
     assert cfg.task.data == "given/task.data"
     same_folder = [name_of(other) for other in RECIPES if OmegaConf.load(other).hydra.run.dir == raw.hydra.run.dir]
     assert same_folder == [name_of(recipe)]
@@ -273,9 +273,10 @@ def test_the_files_of_all_families_differ_in_the_declared_keys_only() -> None:
             values = flat(OmegaConf.load(distill_recipe(family, stage)))
             assert list(values) == list(reference[stage]), f"{family}, stage {stage}: other keys, or in another order"
             differing = {key for key in values if values[key] != reference[stage][key]}
-            assert differing <= {"hydra.run.dir", "task.normalize", "model.distill_layers"}
-    differing = {key for key in reference[1] if reference[1][key] != reference[2][key]}
+            assert differing <= {"hydra.run.dir", "hydra.sweep.dir", "task.normalize", "model.distill_layers"}
+    differing = {key for key in reference[1] if reference[1][key] != reference[2].get(key)}
     assert differing == {
+        *("hydra.sweep.dir", "hydra.sweep.subdir"),
         *("hydra.run.dir", "criterion.target_sparsity", "criterion.sparsity_warmup", "optimization.max_update"),
         *("optimization.lr", "lr_scheduler.warmup_updates", "model.student_path", "model.prune_units"),
     }
