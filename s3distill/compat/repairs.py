@@ -104,12 +104,7 @@ def starts_from_another_run() -> bool:
 
 
 def _know_starts() -> None:
-    """Tells models that load a state what fairseq's trainer knows: whether it is another run's.
-
-    fairseq keeps the best validation of a run on a function, where the next run in this process (hydra's ``-m``) would find it:
-    it starts anew here, before a checkpoint to resume from brings its own.
-    """
-    from fairseq import checkpoint_utils
+    """Tells models that load a state what fairseq's trainer knows: whether it is another run's."""
     from fairseq.trainer import Trainer
 
     stock = Trainer.load_checkpoint
@@ -117,13 +112,23 @@ def _know_starts() -> None:
     def load_checkpoint(self: Any, filename: str, *values: Any, **options: Any) -> Any:
         global _starting
         _starting = filename == self.cfg.checkpoint.finetune_from_model
-        vars(checkpoint_utils.save_checkpoint).pop("best", None)
+        forget_last_run()
         try:
             return stock(self, filename, *values, **options)
         finally:
             _starting = False
 
     Trainer.load_checkpoint = load_checkpoint
+
+
+def forget_last_run() -> None:
+    """fairseq keeps a run's best score and its patience on functions, where the next job of a sweep in this process finds them."""
+    from fairseq import checkpoint_utils
+    from fairseq_cli import train
+
+    for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):
+        for name in ("best", "num_runs"):
+            vars(function).pop(name, None)
 
 
 def _know_eval_only() -> None:
