@@ -40,7 +40,11 @@ def check_heads(
 
 def check_frames(model: Any, teacher: Teacher) -> None:
     """Student and teacher cut audio into the same frames."""
-    frames = [[(c.kernel, c.stride) for c in config.conv_layers] for config in (model.config, teacher.config)]
+    # a pointwise convolution leaves the frames as they are
+    frames = [
+        [(c.kernel, c.stride) for c in config.conv_layers if (c.kernel, c.stride) != (1, 1)]
+        for config in (model.config, teacher.config)
+    ]
     if frames[0] != frames[1]:
         raise ValueError(
             f"student and teacher must cut audio into the same frames, but the student has one per {model.config.frame_stride} samples "
@@ -96,3 +100,24 @@ def check_gates(model: Any, target_sparsity: float) -> None:
         if model.gates is None:
             raise ValueError("`criterion.target_sparsity` needs gates; pass e.g. model.prune_units=[conv,head,ffn]")
         model.check_target_sparsity(target_sparsity)
+
+
+def check_shared_extractor(model: Any, teachers: Sequence[Teacher]) -> None:
+    """With `model.shares_extractor`, what the student's convolutions give is what the teacher's would give."""
+    if not model.cfg.shares_extractor:
+        return
+    wrong = None
+    if len(teachers) > 1:
+        wrong = f"there are {len(teachers)} teachers, which have one each"
+    elif model.training_config.feature_grad_mult != 0:
+        wrong = f"model.feature_grad_mult is {model.training_config.feature_grad_mult}, so that the student's would change; pass 0"
+    elif model.gates is not None and "conv" in model.gates.units:
+        wrong = "model.prune_units has conv, so that the student's channels close"
+    elif teachers[0].normalizes_itself:
+        wrong = f"{teachers[0].name} hears normalised waveforms, the student others"
+    elif not teachers[0].has_extractor_of(model):
+        wrong = f"the student's differ from those of {teachers[0].name}; start from them (model.student_path=${{task.teacher_path}})"
+    if wrong:
+        raise ValueError(
+            f"`model.shares_extractor` runs the convolutions once for student and teacher, but {wrong}; or leave it at false"
+        )

@@ -75,6 +75,7 @@ class SpeechEncoder(nn.Module):
         gates: GateValues | None = None,
         num_layers: int | None = None,
         masked: Tensor | None = None,
+        conv_features: Tensor | None = None,
     ) -> EncoderOutput:
         """Encodes a batch.
 
@@ -85,13 +86,19 @@ class SpeechEncoder(nn.Module):
             gates: values of the L0 gates, or None.
             num_layers: run only that many Transformer layers; None runs all.
             masked: [B, T], True = this frame is replaced by the mask embedding, as `draw_masks` gives it; instead of ``mask``.
+            conv_features: what `extract` of an encoder with the same extractor gave for this batch, [B, T, C_conv]; the
+                convolutions are not run again.
         Raises:
             ValueError: a waveform is shorter than one frame.
         """
         lengths = _valid_lengths(source, padding_mask)
         self._check_lengths(source, lengths)
         conv_gates = gates.conv if gates is not None else None
-        features = self.layer_norm(*self._extract(source, lengths, conv_gates))
+        if conv_features is None:
+            features = self.layer_norm(*self._extract(source, lengths, conv_gates))
+        else:
+            assert conv_gates is None, "gated convolutions cannot be shared"
+            features = self.layer_norm(conv_features.to(self.layer_norm.weight.dtype))
         if conv_gates is not None and conv_gates[-1] is not None:
             features = features * conv_gates[-1].to(features.dtype)
         frame_mask = None
@@ -114,6 +121,21 @@ class SpeechEncoder(nn.Module):
         if self.config.layer_norm_first and (num_layers is None or num_layers >= self.config.num_layers):
             x = self.encoder.layer_norm(x)
         return EncoderOutput(x, hidden_states, ffn_outputs, features, frame_mask, masked)
+
+    def extract(self, source: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """What the convolutions give, in front of the LayerNorm, for ``forward(conv_features=...)``.
+
+        Args:
+            source: [B, S], 16 kHz.
+            padding_mask: [B, S], True = padding, or None.
+        Returns:
+            [B, T, C_conv]
+        Raises:
+            ValueError: a waveform is shorter than one frame.
+        """
+        lengths = _valid_lengths(source, padding_mask)
+        self._check_lengths(source, lengths)
+        return self._extract(source, lengths, None)[0]
 
     def draw_masks(self, source: Tensor, padding_mask: Tensor | None, seeds: Sequence[Sequence[int]]) -> Tensor:
         """Time masks for ``forward(masked=...)`` of this encoder, or of several that cut audio into the same frames.

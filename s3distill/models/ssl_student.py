@@ -10,13 +10,13 @@ from fairseq.models import BaseFairseqModel, register_model
 from omegaconf import II
 from torch import Tensor
 
-from s3distill import compat
-from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options, parse_checkpoint
+from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options
 from s3distill.encoder.config import ACTIVATIONS, EXTRACTOR_MODES, EncoderConfig, MaskConfig, TrainingConfig
-from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.layer_choice import NO_LAYERS
+from s3distill.encoder.model import PARAMETER_PREFIXES, SpeechEncoder
 from s3distill.gates import MEASURES, UNITS, GateCounts, GateSet, Lagrangian, check_target, count_cost, sparsity
 from s3distill.heads import INITS, MODES, SHARINGS, HeadsConfig, TeacherHeads, parse_pairs_per_teacher
-from s3distill.masks.state import baked
+from s3distill.models._student_start import read_start
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,14 @@ class SslStudentConfig(FairseqDataclass):
         metadata={
             "help": "checkpoint or Hugging Face folder that the student starts from (the teacher's, or a compact one): shape and weights; "
             "heads come along where they fit. None: random weights in the shape of the options below"
+        },
+    )
+    init_layers: str = field(
+        default="",
+        metadata={
+            "help": "Transformer layers that are copied from `student_path`, 0-based: 'first:2', 'every:4' (0, 4, 8, ...) or '0,4,8', with "
+            "extractor, projection and positional convolution; 'none': the extractor alone, the rest random in the shape of the options "
+            "below; empty: all of it"
         },
     )
     encoder: Optional[str] = field(
@@ -74,6 +82,13 @@ class SslStudentConfig(FairseqDataclass):
     dropout_input: float = field(default=0.0, metadata={"help": "dropout in front of the Transformer"})
     encoder_layerdrop: float = field(default=0.0, metadata={"help": "probability of skipping a layer while training"})
     feature_grad_mult: float = field(default=1.0, metadata={"help": "scales the extractor's gradient; 0 freezes it"})
+    shares_extractor: bool = field(
+        default=False,
+        metadata={
+            "help": "the convolutions are the teacher's, frozen (feature_grad_mult=0), and run once per batch for both; the student keeps its "
+            "own copy in checkpoints"
+        },
+    )
     checkpoint_activations: bool = field(
         default=False, metadata={"help": "recompute layers in the backward pass to save memory"}
     )
@@ -158,6 +173,8 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         masking = MaskConfig(**{f.name: getattr(cfg, f.name) for f in fields(MaskConfig)})
         super().__init__(config, training, masking)
         self.cfg = cfg
+        if cfg.shares_extractor:  # an optimizer with flat parameters would decay them
+            self.feature_extractor.requires_grad_(False)
         self.num_updates = 0
         self.heads_loaded = False
         self.heads: TeacherHeads | None = None
@@ -175,7 +192,12 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
     @classmethod
     def build_model(cls, cfg: SslStudentConfig, task: Any) -> "SslStudent":
         """Shape, weights, heads and gates; what was taken from files goes into ``cfg``, so that checkpoints rebuild alone."""
-        start = None if cfg.encoder or not cfg.student_path else _read(cfg.student_path, bool(cfg.normalize))
+        start = None if cfg.encoder or not cfg.student_path else read_start(cfg, vars(SslStudentConfig()))
+        if cfg.init_layers and not cfg.student_path and not cfg.encoder:
+            raise ValueError(
+                f"`model.init_layers` ({cfg.init_layers}) needs the checkpoint that layers are copied from; pass "
+                "model.student_path=${task.teacher_path}, or leave it empty"
+            )
         config = start.config if start is not None else config_from_options(cfg, "ssl_student")  # type: ignore[arg-type]
         config = replace(config, group_norm_over_padding=bool(cfg.group_norm_over_padding))
         cfg.encoder = config.to_json()
@@ -202,7 +224,10 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
 
     def _load_start(self, start: ParsedCheckpoint, path: str) -> None:
         """Weights of the student, and heads where the file has them in the same shape."""
-        self.load_encoder_state(start.encoder_state, path)
+        state = start.encoder_state
+        if self.cfg.init_layers == NO_LAYERS:
+            state = {name: v for name, v in self.state_dict().items() if name.startswith(PARAMETER_PREFIXES)} | state
+        self.load_encoder_state(state, path)
         gates = {k.removeprefix("gates."): v for k, v in start.extra_state.items() if k.startswith("gates.")}
         if gates:
             own = {} if self.gates is None else {k: v.shape for k, v in self.gates.state_dict().items()}
@@ -235,6 +260,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         target_sparsity: float | None = None,
         masked: Tensor | None = None,
         num_layers: int | None = None,
+        conv_features: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Any]:
         """One pass of distillation.
@@ -245,6 +271,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             target_sparsity: where the size constraint is to be at this update; None leaves the penalty out.
             masked: [B, T], True = the frame is replaced by the mask embedding, see `draw_masks`; None hears everything.
             num_layers: run so many layers at least; heads may read deeper ones.
+            conv_features: what `extract` gave for this batch, [B, T, C_conv]; None runs the convolutions.
         Returns:
             ``predictions`` (per pair [B, T, C_teacher]; of the first teacher) and ``other_predictions`` (the same per further
             teacher), ``hidden_states`` by layer, ``padding_mask`` and ``masked`` [B, T], ``expected_sparsity`` and ``penalty``
@@ -256,7 +283,14 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             gates = self.gates.sample(self.cfg.seed + self.num_updates) if self.training else self.gates.deterministic()
         deepest = max(num_layers or 0, self.heads.deepest_layer if self.heads is not None else 0)
         out = SpeechEncoder.forward(
-            self, source, padding_mask, mask=mask, gates=gates, num_layers=deepest, masked=masked
+            self,
+            source,
+            padding_mask,
+            mask=mask,
+            gates=gates,
+            num_layers=deepest,
+            masked=masked,
+            conv_features=conv_features,
         )
         expected, penalty = None, None
         if self.gates is not None:
@@ -325,6 +359,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         """Drops heads and multipliers; gates that were not pruned yet stay, frozen, since they are part of the function."""
         self.heads = None
         self.lagrangian = None
+        self.feature_extractor.requires_grad_(True)  # of `shares_extractor`; fine-tuning has its own feature_grad_mult
         if self.gates is not None:
             self.gates.requires_grad_(False)
 
@@ -348,13 +383,3 @@ def _heads_configs(cfg: SslStudentConfig, config: EncoderConfig) -> list[HeadsCo
         )
         for pairs, dim in zip(parse_pairs_per_teacher(cfg.distill_layers, len(dims)), dims, strict=True)
     ]
-
-
-def _read(path: str, normalize: bool) -> ParsedCheckpoint:
-    parsed = baked(parse_checkpoint(compat.load_checkpoint(path), path), path)
-    if parsed.normalize != normalize:
-        raise ValueError(
-            f"`task.normalize` must be what the checkpoint was trained with: {path} has normalize={parsed.normalize}, but the task "
-            f"has {normalize}; pass task.normalize={str(parsed.normalize).lower()}"
-        )
-    return parsed
