@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from s3distill.heads.layer_heads import HeadsConfig
+
 SAMPLE_RATE = 16_000  # Hz; every checkpoint of this family reads 16 kHz mono
 
 EXTRACTOR_MODES = ("default", "layer_norm")  # fairseq's names: GroupNorm on layer 0 only / LayerNorm on every layer
@@ -66,6 +68,8 @@ class EncoderConfig:
         position_buckets, position_max_distance, position_heads: WavLM's relative position bias, which all layers share:
             buckets of distances (0 = no bias), the distance in frames from which all share the last bucket, and the
             columns, one per head of the unpruned model.
+        output: prediction heads that stay at inference (see `KeptHeads`): what the encoder gives is their prediction; None =
+            the last layer's output.
     """
 
     conv_layers: tuple[ConvLayerConfig, ...]
@@ -83,6 +87,7 @@ class EncoderConfig:
     position_buckets: int = 0
     position_max_distance: int = 800
     position_heads: int = 0
+    output: HeadsConfig | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.conv_layers) > 0, "`conv_layers` must name at least one layer, but is empty")
@@ -103,6 +108,11 @@ class EncoderConfig:
             self.project_features or self.conv_layers[-1].channels == self.embed_dim,
             f"without `project_features` the last conv layer's channels ({self.conv_layers[-1].channels}) must equal "
             f"`embed_dim` ({self.embed_dim})",
+        )
+        _require(
+            self.output is None
+            or (self.output.student_dim, self.output.num_student_layers) == (self.embed_dim, len(self.layers)),
+            f"`output` heads must read {len(self.layers)} layers of width {self.embed_dim}, but were made for {self.output}",
         )
         for i, conv in enumerate(self.conv_layers):
             _require(
@@ -151,6 +161,11 @@ class EncoderConfig:
         return len(self.layers)
 
     @property
+    def output_dim(self) -> int:
+        """Width of what the encoder gives."""
+        return self.embed_dim if self.output is None else self.output.teacher_dim
+
+    @property
     def frame_stride(self) -> int:
         """Samples between two frames (320, that is 20 ms, for the released models)."""
         stride = 1
@@ -192,6 +207,8 @@ class EncoderConfig:
         fields = dict(values)
         fields["conv_layers"] = tuple(ConvLayerConfig(**c) for c in fields["conv_layers"])
         fields["layers"] = tuple(_layer_from_dict(layer) for layer in fields["layers"])
+        if fields.get("output") is not None:
+            fields["output"] = HeadsConfig.from_dict(fields["output"])
         return cls(**fields)
 
     @classmethod

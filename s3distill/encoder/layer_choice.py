@@ -54,7 +54,14 @@ def take_layers(
         layers: 0-based; a layer may be taken twice.
     Returns:
         shape and parameters; the tensors are those of ``state``.
+    Raises:
+        ValueError: the encoder has prediction heads at its output, which belong to its last layer.
     """
+    if config.output is not None:
+        raise ValueError(
+            "layers cannot be taken out of a model that keeps its prediction heads (s3distill keep-heads); start from the student that "
+            "it was made of"
+        )
     taken = {name: value for name, value in state.items() if not name.startswith(_LAYERS)}
     for new, old in enumerate(layers):
         prefix = f"{_LAYERS}{old}."

@@ -18,9 +18,17 @@ from s3distill.encoder.layers import LayerNorm, scale_gradient
 from s3distill.encoder.masking import draw_frame_mask, mask_channels, mask_frames, replace_frames
 from s3distill.encoder.transformer import Transformer
 from s3distill.gates.values import GateValues
+from s3distill.heads.kept_heads import KeptHeads
 
 # what the names of an encoder's parameters start with; everything else in a checkpoint belongs to heads and training
-PARAMETER_PREFIXES = ("feature_extractor.", "layer_norm.", "post_extract_proj.", "mask_emb", "encoder.")
+PARAMETER_PREFIXES = (
+    "feature_extractor.",
+    "layer_norm.",
+    "post_extract_proj.",
+    "mask_emb",
+    "encoder.",
+    "output_heads.",
+)
 
 
 @dataclass
@@ -28,7 +36,8 @@ class EncoderOutput:
     """What one pass of the encoder gives.
 
     Attributes:
-        x: the encoder's output, [B, T, C]; for pre-LN models behind the final LayerNorm.
+        x: the encoder's output, [B, T, C]; for pre-LN models behind the final LayerNorm. Where prediction heads were kept,
+            theirs.
         hidden_states: L+1 tensors [B, T, C]; 0 = what enters the first layer, i = output of layer i.
         ffn_outputs: per layer the FFN's output before the residual, [B, T, C] (data2vec's targets).
         features: conv features behind their LayerNorm, [B, T, C_conv].
@@ -66,6 +75,7 @@ class SpeechEncoder(nn.Module):
         self.post_extract_proj = bert_linear(conv_channels, config.embed_dim) if config.project_features else None
         self.mask_emb = nn.Parameter(torch.empty(config.embed_dim).uniform_())
         self.encoder = Transformer(config, self.training_config)
+        self.output_heads = None if config.output is None else KeptHeads(config.output)
 
     def forward(
         self,
@@ -118,8 +128,11 @@ class SpeechEncoder(nn.Module):
                 x = mask_channels(x, self.masking)
         hidden_states, ffn_outputs = self.encoder(x, frame_mask, gates, num_layers)
         x = hidden_states[-1]
-        if self.config.layer_norm_first and (num_layers is None or num_layers >= self.config.num_layers):
-            x = self.encoder.layer_norm(x)
+        if num_layers is None or num_layers >= self.config.num_layers:
+            if self.output_heads is not None:
+                x = self.output_heads(hidden_states)
+            elif self.config.layer_norm_first:
+                x = self.encoder.layer_norm(x)
         return EncoderOutput(x, hidden_states, ffn_outputs, features, frame_mask, masked)
 
     def extract(self, source: Tensor, padding_mask: Tensor | None = None) -> Tensor:

@@ -99,7 +99,7 @@ def options_from_config(config: EncoderConfig, family: str, normalize: bool) -> 
     if config.position_buckets > 0 and family != "wavlm":
         options = None
     if options is None or config_from_options(options, family) != config:
-        whole = {"encoder": config.to_json(), "encoder_embed_dim": config.embed_dim, "seed": 1}
+        whole = {"encoder": config.to_json(), "encoder_embed_dim": config.output_dim, "seed": 1}
         return {"_name": "ssl_student", **whole, "normalize": normalize, **_TRAINING_OPTIONS}
     return {"_name": family, **options, "normalize": normalize, **_TRAINING_OPTIONS}
 

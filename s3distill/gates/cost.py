@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig
 from s3distill.gates.counts import UNITS, Count, GateCounts, check_units, prunable_sizes, structure_sizes
+from s3distill.gates.output_cost import output_macs, output_parameters
 
 MEASURES = ("params", "macs")
 
@@ -60,6 +61,7 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
             attention = attention + has_attention * (counts.heads[i] + gate)
         ffn = ffn + has_ffn * ((dim + 1) * counts.ffn[i] + (counts.ffn[i] + 1) * dim)
         norms = norms + (2 * dim * (has_attention + has_ffn) if config.layer_norm_first else 4 * dim)
+    kept_heads = {} if config.output is None else {"output_heads": output_parameters(config.output)}
     depth, kernel = config.pos_conv_depth, pos_conv_kernel(config)
     pos_conv = depth * (dim * (dim // config.pos_conv_groups) * kernel + dim)
     return {
@@ -71,6 +73,7 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
         "attention": attention,
         "ffn": ffn,
         "norms": norms,
+        **kept_heads,
     }
 
 
@@ -127,6 +130,7 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
         "pos_conv": config.pos_conv_depth * dim * (dim // config.pos_conv_groups) * kernel * pos_frames,
         "attention": attention,
         "ffn": ffn,
+        **({} if config.output is None else {"output_heads": output_macs(config.output) * frames}),
     }
 
 

@@ -64,8 +64,8 @@ class HeadsConfig:
         _require(len(set(read)) == len(read), f"the pairs of layers to match must differ, but are {list(self.pairs)}")
         _require(
             self.init != "least_squares" or (self.mode == "layer2layer" and self.upsample == 1),
-            f"`init` of the heads cannot be least_squares unless they are one Linear per frame, but mode is {self.mode} with {self.upsample} "
-            "frames made of one; take default",
+            f"`init` of the heads cannot be least_squares unless they are one Linear per frame, but mode is {self.mode} with "
+            f"{self.upsample} frames made of one; take default",
         )
         _require(self.upsample >= 1, f"`upsample` of the heads must be at least 1, but is {self.upsample}")
         self._check_none()

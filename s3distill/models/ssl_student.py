@@ -85,8 +85,8 @@ class SslStudentConfig(FairseqDataclass):
     shares_extractor: bool = field(
         default=False,
         metadata={
-            "help": "the convolutions are the teacher's, frozen (feature_grad_mult=0), and run once per batch for both; the student keeps its "
-            "own copy in checkpoints"
+            "help": "the convolutions are the teacher's, frozen (feature_grad_mult=0), and run once per batch for both; the student "
+            "keeps its own copy in checkpoints"
         },
     )
     checkpoint_activations: bool = field(
@@ -182,6 +182,10 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         self.lagrangian: Lagrangian | None = None
         if cfg.distill_layers:
             self.heads = TeacherHeads(_heads_configs(cfg, config))
+        if cfg.prune_units and config.output is not None:
+            raise ValueError(
+                "`model.prune_units` cannot gate a student that keeps its prediction heads (s3distill keep-heads); prune first, then keep them"
+            )
         if cfg.prune_units:
             self.gates = GateSet(config, list(cfg.prune_units), init_drop=cfg.gate_init_drop)
             self.lagrangian = Lagrangian()
@@ -201,7 +205,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         config = start.config if start is not None else config_from_options(cfg, "ssl_student")  # type: ignore[arg-type]
         config = replace(config, group_norm_over_padding=bool(cfg.group_norm_over_padding))
         cfg.encoder = config.to_json()
-        cfg.encoder_embed_dim = config.embed_dim
+        cfg.encoder_embed_dim = config.output_dim  # what fine-tuning builds its head for
         num_others = getattr(task, "num_teachers", 1) - 1
         dims_are_known = cfg.teacher_dim and len(cfg.extra_teacher_dims) >= num_others
         needs_teacher = (cfg.distill_layers and not dims_are_known) or (cfg.prune_units and not cfg.reference_cost)
