@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if os.path.realpath(args.output) == os.path.realpath(args.checkpoint):
+        raise ValueError(f"OUT must be another file than CKPT, but is {args.output}; nothing was written")
     state = compat.load_checkpoint(args.checkpoint)
     student = parse_checkpoint(state, args.checkpoint)
     heads = heads_of(student, args.checkpoint)

@@ -184,7 +184,8 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             self.heads = TeacherHeads(_heads_configs(cfg, config))
         if cfg.prune_units and config.output is not None:
             raise ValueError(
-                "`model.prune_units` cannot gate a student that keeps its prediction heads (s3distill keep-heads); prune first, then keep them"
+                "`model.prune_units` cannot gate a student that keeps its prediction heads (s3distill keep-heads); prune first, then keep "
+                "them"
             )
         if cfg.prune_units:
             self.gates = GateSet(config, list(cfg.prune_units), init_drop=cfg.gate_init_drop)
