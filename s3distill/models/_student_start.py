@@ -8,14 +8,14 @@ from typing import Any
 
 from s3distill import compat
 from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options, parse_checkpoint
-from s3distill.encoder.config import EncoderConfig
+from s3distill.encoder.config import EncoderConfig, parse_conv_layers
 from s3distill.encoder.layer_choice import NO_LAYERS, parse_layer_choice, take_extractor, take_layers
 from s3distill.masks.state import baked
 
 logger = logging.getLogger(__name__)
 
 
-def read_start(cfg: Any, defaults: Any) -> ParsedCheckpoint:
+def read_start(cfg: Any, defaults: Mapping[str, Any]) -> ParsedCheckpoint:
     """What ``student_path`` holds, or the part of it that ``init_layers`` names.
 
     Args:
@@ -41,7 +41,7 @@ def read_start(cfg: Any, defaults: Any) -> ParsedCheckpoint:
     return start
 
 
-# option -> what it is in a config; of a student that copies from a file
+# option -> what it is in the file that a student copies from
 _EXTRACTOR_OPTIONS: dict[str, Callable[[EncoderConfig], Any]] = {
     "extractor_mode": lambda c: c.extractor_mode,
     "conv_feature_layers": lambda c: c.conv_layers,
@@ -58,17 +58,25 @@ _LAYER_OPTIONS: dict[str, Callable[[EncoderConfig], Any]] = {
 
 
 def _check_not_both(
-    cfg: Any, defaults: Any, taken: EncoderConfig, options: Mapping[str, Callable[[EncoderConfig], Any]], path: str
+    cfg: Any,
+    defaults: Mapping[str, Any],
+    taken: EncoderConfig,
+    options: Mapping[str, Callable[[EncoderConfig], Any]],
+    path: str,
 ) -> None:
     """An option of the shape that the file decides must be the file's, or be left at its default, which says nothing."""
-    asked, default = (config_from_options(c, "ssl_student") for c in (cfg, defaults))
     for name, value in options.items():
-        if value(asked) not in (value(default), value(taken)):
+        asked, default = (_read_option(name, given) for given in (getattr(cfg, name), defaults[name]))
+        if asked not in (default, value(taken)):
             raise ValueError(
                 f"`model.{name}` is {getattr(cfg, name)}, but model.init_layers={cfg.init_layers} copies from {path}, where it is "
                 f"{_shown(value(taken))}; leave it out, or give the student random weights (model.init_layers={NO_LAYERS}, or "
                 "model.student_path=null)"
             )
+
+
+def _read_option(name: str, value: Any) -> Any:
+    return parse_conv_layers(value) if name == "conv_feature_layers" else getattr(value, "value", value)
 
 
 def _shown(value: Any) -> Any:
