@@ -14,6 +14,8 @@ from s3distill import compat
 from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options, parse_checkpoint
 from s3distill.encoder.config import ACTIVATIONS, EXTRACTOR_MODES, EncoderConfig, MaskConfig, TrainingConfig
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.options import VARIANT_OPTIONS, variant_options
+from s3distill.encoder.variants import ATTENTIONS, SHARED
 from s3distill.gates import MEASURES, UNITS, GateCounts, GateSet, Lagrangian, check_target, count_cost, sparsity
 from s3distill.heads import INITS, MODES, SHARINGS, HeadsConfig, TeacherHeads, parse_pairs_per_teacher
 from s3distill.masks.state import baked
@@ -66,6 +68,46 @@ class SslStudentConfig(FairseqDataclass):
     )
     group_norm_over_padding: bool = field(
         default=False, metadata={"help": "take GroupNorm statistics over padding too, as fairseq does"}
+    )
+    # variants, of students from scratch
+    separable_conv_layers: List[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "conv layers that are depthwise-separable, counted from 0; layer 0 has one input and cannot be: [1,2,3,4,5,6]"
+        },
+    )
+    time_reduction: int = field(
+        default=1, metadata={"help": "frames that a convolution in front of layer 0 makes one of (FitHuBERT: 2)"}
+    )
+    shared: ChoiceEnum(list(SHARED)) = field(  # type: ignore[valid-type]
+        default="none",
+        metadata={
+            "help": "parameters that layers have in common (ALBERT); attention and ffn leave the LayerNorms apart"
+        },
+    )
+    shared_group: int = field(
+        default=0, metadata={"help": "consecutive layers that share parameters; 0: all layers are one group"}
+    )
+    attention: ChoiceEnum(list(ATTENTIONS)) = field(  # type: ignore[valid-type]
+        default="full",
+        metadata={
+            "help": "full: all pairs of frames; windowed: near ones (Longformer); linformer: projected keys, values"
+        },
+    )
+    attention_window: int = field(default=0, metadata={"help": "of windowed: frames on each side that are attended to"})
+    attention_global: int = field(
+        default=0, metadata={"help": "of windowed: so many first frames attend to all, and all to them"}
+    )
+    linformer_dim: int = field(default=0, metadata={"help": "of linformer: frames that keys and values become"})
+    linformer_max_frames: int = field(
+        default=0, metadata={"help": "of linformer: frames of the longest utterance; longer ones are refused"}
+    )
+    reuse_attention_layers: List[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Transformer layers, counted from 0, that apply the attention map of the nearest other one before them "
+            "(ARMHuBERT: every second, [1,3,5,7,9,11])"
+        },
     )
     # training
     dropout: float = field(default=0.1, metadata={"help": "dropout behind attention and FFN"})
@@ -175,7 +217,10 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
     @classmethod
     def build_model(cls, cfg: SslStudentConfig, task: Any) -> "SslStudent":
         """Shape, weights, heads and gates; what was taken from files goes into ``cfg``, so that checkpoints rebuild alone."""
-        start = None if cfg.encoder or not cfg.student_path else _read(cfg.student_path, bool(cfg.normalize))
+        start = None
+        if cfg.student_path and not cfg.encoder:
+            _check_shape_of_start(cfg)
+            start = _read(cfg.student_path, bool(cfg.normalize))
         config = start.config if start is not None else config_from_options(cfg, "ssl_student")  # type: ignore[arg-type]
         config = replace(config, group_norm_over_padding=bool(cfg.group_norm_over_padding))
         cfg.encoder = config.to_json()
@@ -348,6 +393,16 @@ def _heads_configs(cfg: SslStudentConfig, config: EncoderConfig) -> list[HeadsCo
         )
         for pairs, dim in zip(parse_pairs_per_teacher(cfg.distill_layers, len(dims)), dims, strict=True)
     ]
+
+
+def _check_shape_of_start(cfg: SslStudentConfig) -> None:
+    """A student that starts from a file has the file's shape: what would change it is refused."""
+    set_here = [name for name, value in variant_options(vars(cfg)).items() if value != VARIANT_OPTIONS[name]]
+    if set_here:
+        raise ValueError(
+            f"`model.{set_here[0]}` shapes students from scratch, but model.student_path={cfg.student_path} brings its own shape; leave "
+            f"{', '.join(f'model.{name}' for name in set_here)} or model.student_path out"
+        )
 
 
 def _read(path: str, normalize: bool) -> ParsedCheckpoint:
