@@ -72,7 +72,7 @@ def heads_of(student: ParsedCheckpoint, name: str) -> HeadsConfig:
         num_student_layers=student.config.num_layers,
         mode=str(options["head_mode"]),
         sharing=str(options["head_sharing"]),
-        upsample=getattr(student.config, "time_reduction", 1),
+        upsample=student.config.time_reduction,
     )
 
 

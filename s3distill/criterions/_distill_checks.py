@@ -38,19 +38,24 @@ def check_heads(
             )
 
 
-def check_frames(model: Any, teacher: Teacher) -> None:
-    """Student and teacher cut audio into the same frames."""
-    # a pointwise convolution leaves the frames as they are
-    frames = [
-        [(c.kernel, c.stride) for c in config.conv_layers if (c.kernel, c.stride) != (1, 1)]
-        for config in (model.config, teacher.config)
-    ]
-    if frames[0] != frames[1]:
+def check_frames(model: Any, teacher: Teacher, temporal: bool) -> None:
+    """Student and teacher cut audio into the same frames, or prediction heads undo the student's time reduction."""
+    student, frames = model.config, teacher.config.frame_convs
+    if student.frame_convs == frames:
+        return
+    if student.time_reduction > 1 and student.frame_convs[:-1] == frames and model.heads is not None and not temporal:
+        return
+    if student.time_reduction > 1 and student.frame_convs[:-1] == frames:
         raise ValueError(
-            f"student and teacher must cut audio into the same frames, but the student has one per {model.config.frame_stride} samples "
-            f"and {teacher.name} one per {teacher.config.frame_stride}, (kernel, stride) {frames[0]} and {frames[1]}; take a student "
-            "with the teacher's convolutions"
+            f"student and teacher must have the same frames, but model.time_reduction={student.time_reduction} gives the student one "
+            f"per {student.frame_stride} samples, and {teacher.name} has one per {teacher.config.frame_stride}; take time_reduction=1, or "
+            "prediction heads (model.distill_layers), which bring the student's frames back to the teacher's, without temporal relations"
         )
+    raise ValueError(
+        f"student and teacher must cut audio into the same frames, but the student has one per {student.frame_stride} samples "
+        f"and {teacher.name} one per {teacher.config.frame_stride}, (kernel, stride) {list(student.frame_convs)} and {list(frames)}; "
+        "take a student with the teacher's convolutions"
+    )
 
 
 def check_masks(model: Any, mask_student: bool, unmasked_target: str, unmasked_weight: float) -> None:

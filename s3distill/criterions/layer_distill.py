@@ -133,7 +133,7 @@ class LayerDistill(FairseqCriterion):
         check_heads(model, teachers, self.terms.hidden_states is not None, self.layer_weights)
         check_masks(model, cfg.mask_student, str(cfg.unmasked_target), cfg.unmasked_weight)
         for teacher, pairs in zip(teachers, self._temporal_pairs(model), strict=True):
-            check_frames(model, teacher)
+            check_frames(model, teacher, self.terms.temporal.active)
             check_temporal_layers(model, teacher, pairs)
             self.terms.temporal.relations(pairs)
         check_gates(model, cfg.target_sparsity)

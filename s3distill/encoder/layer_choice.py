@@ -55,12 +55,17 @@ def take_layers(
     Returns:
         shape and parameters; the tensors are those of ``state``.
     Raises:
-        ValueError: the encoder has prediction heads at its output, which belong to its last layer.
+        ValueError: the encoder has prediction heads at its output, which belong to its last layer, or layers that share.
     """
     if config.output is not None:
         raise ValueError(
             "layers cannot be taken out of a model that keeps its prediction heads (s3distill keep-heads); start from the student that "
             "it was made of"
+        )
+    if config.shared != "none" or any(layer.reuses_attention for layer in config.layers):
+        raise ValueError(
+            "layers cannot be taken out of a model whose layers share parameters or attention maps (`shared`, `reuses_attention`): a "
+            "layer alone would lack its part; start from all of it"
         )
     taken = {name: value for name, value in state.items() if not name.startswith(_LAYERS)}
     for new, old in enumerate(layers):

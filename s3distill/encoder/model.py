@@ -33,16 +33,16 @@ PARAMETER_PREFIXES = (
 
 @dataclass
 class EncoderOutput:
-    """What one pass of the encoder gives.
+    """What one pass of the encoder gives; T frames, of which a `time_reduction` r leaves T // r of the extractor's T_features.
 
     Attributes:
         x: the encoder's output, [B, T, C]; for pre-LN models behind the final LayerNorm. Where prediction heads were kept,
             theirs.
         hidden_states: L+1 tensors [B, T, C]; 0 = what enters the first layer, i = output of layer i.
         ffn_outputs: per layer the FFN's output before the residual, [B, T, C] (data2vec's targets).
-        features: conv features behind their LayerNorm, [B, T, C_conv].
+        features: conv features behind their LayerNorm, [B, T_features, C_conv].
         padding_mask: [B, T], True = padding; None when nothing is padded.
-        masked: [B, T], True = replaced by the mask embedding; None without time masks.
+        masked: [B, T_features], True = replaced by the mask embedding; None without time masks.
     """
 
     x: Tensor
@@ -95,11 +95,12 @@ class SpeechEncoder(nn.Module):
             mask: apply time and channel masks.
             gates: values of the L0 gates, or None.
             num_layers: run only that many Transformer layers; None runs all.
-            masked: [B, T], True = this frame is replaced by the mask embedding, as `draw_masks` gives it; instead of ``mask``.
-            conv_features: what `extract` of an encoder with the same extractor gave for this batch, [B, T, C_conv]; the
+            masked: [B, T_features], True = this frame is replaced by the mask embedding, as `draw_masks` gives it; instead of
+                ``mask``.
+            conv_features: what `extract` of an encoder with the same extractor gave for this batch, [B, T_features, C_conv]; the
                 convolutions are not run again.
         Raises:
-            ValueError: a waveform is shorter than one frame.
+            ValueError: a waveform is shorter than one frame, or longer than the encoder's attention can take.
         """
         lengths = _valid_lengths(source, padding_mask)
         self._check_lengths(source, lengths)
@@ -113,7 +114,7 @@ class SpeechEncoder(nn.Module):
             features = features * conv_gates[-1].to(features.dtype)
         frame_mask = None
         if lengths is not None:
-            num_frames = self.config.num_frames(lengths)
+            num_frames = self.config.num_feature_frames(lengths)
             frame_mask = torch.arange(features.shape[1], device=source.device) >= num_frames[:, None]
 
         x = features if self.post_extract_proj is None else self.post_extract_proj(features)
@@ -133,7 +134,8 @@ class SpeechEncoder(nn.Module):
                 x = self.output_heads(hidden_states)
             elif self.config.layer_norm_first:
                 x = self.encoder.layer_norm(x)
-        return EncoderOutput(x, hidden_states, ffn_outputs, features, frame_mask, masked)
+        padding_mask = self.encoder.reduce_mask(frame_mask)
+        return EncoderOutput(x, hidden_states, ffn_outputs, features, padding_mask, masked)
 
     def extract(self, source: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """What the convolutions give, in front of the LayerNorm, for ``forward(conv_features=...)``.
@@ -158,14 +160,14 @@ class SpeechEncoder(nn.Module):
             padding_mask: [B, S], True = padding, or None.
             seeds: what decides the mask of each row, besides its number of frames and `masking`.
         Returns:
-            [B, T] bool, True = masked; never a padded frame.
+            [B, T_features] bool, True = masked; never a padded frame.
         Raises:
             ValueError: a waveform is shorter than one frame.
         """
         lengths = _valid_lengths(source, padding_mask)
         self._check_lengths(source, lengths)
-        width = int(self.config.num_frames(source.shape[1]))
-        sizes = [width] * len(source) if lengths is None else self.config.num_frames(lengths).tolist()
+        width = int(self.config.num_feature_frames(source.shape[1]))
+        sizes = [width] * len(source) if lengths is None else self.config.num_feature_frames(lengths).tolist()
         rngs = [np.random.default_rng(list(seed)) for seed in seeds]
         return draw_frame_mask(sizes, width, self.masking, rngs).to(source.device)
 
@@ -187,6 +189,13 @@ class SpeechEncoder(nn.Module):
             raise ValueError(
                 f"every waveform must have at least {needed} samples ({needed / 16:.0f} ms at 16 kHz), so that it gives "
                 f"one frame, but the shortest has {shortest}; drop such utterances (min_sample_size) or pad the audio"
+            )
+        longest, allowed = int(self.config.num_frames(source.shape[1])), self.config.linformer_max_frames
+        if self.config.attention == "linformer" and longest > allowed:
+            raise ValueError(
+                f"with Linformer's attention a waveform must have at most `linformer_max_frames` = {allowed} frames "
+                f"({allowed * self.config.frame_stride / 16_000:.1f} s), but the longest has {longest}; crop or drop such utterances "
+                "(task.max_sample_size), or train a student with a larger model.linformer_max_frames"
             )
 
     def load_encoder_state(self, state: dict[str, Tensor], source: str = "the checkpoint") -> None:

@@ -1,5 +1,6 @@
 """Layer-prediction heads: what maps a student's hidden states to its teacher's."""
 
+from s3distill.heads.frame_rate import match_frames, without_prediction
 from s3distill.heads.kept_heads import KeptHeads, keep_heads
 from s3distill.heads.layer_heads import INITS, MODES, SHARINGS, HeadsConfig, LayerHeads, parse_pairs
 from s3distill.heads.least_squares import least_squares
@@ -15,6 +16,8 @@ __all__ = [
     "TeacherHeads",
     "keep_heads",
     "least_squares",
+    "match_frames",
     "parse_pairs",
     "parse_pairs_per_teacher",
+    "without_prediction",
 ]

@@ -170,9 +170,8 @@ class LayerHeads(nn.Module):
             for linear in self._linears():
                 nn.init.eye_(linear.weight)
                 nn.init.zeros_(linear.bias)
-            for upsampler in self.upsamplers:  # every frame is repeated
-                upsampler.weight.data.copy_(torch.eye(dim)[:, :, None])
-                nn.init.zeros_(upsampler.bias)
+            for name, parameter in self.upsamplers.named_parameters():  # every frame is repeated
+                parameter.data.copy_(torch.eye(dim)[:, :, None] if name.endswith("weight") else torch.zeros(dim))
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,7 @@ from s3distill import compat
 from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options, parse_checkpoint
 from s3distill.encoder.config import EncoderConfig, parse_conv_layers
 from s3distill.encoder.layer_choice import NO_LAYERS, parse_layer_choice, take_extractor, take_layers
+from s3distill.encoder.options import VARIANT_OPTIONS, variant_options
 from s3distill.masks.state import baked
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ def read_start(cfg: Any, defaults: Mapping[str, Any]) -> ParsedCheckpoint:
         ValueError: layers are lacking, or other options of the shape contradict the file.
     """
     path = str(cfg.student_path)
+    _check_variants(cfg, path)
     start = _read(path, bool(cfg.normalize))
     if not cfg.init_layers:
         return start
@@ -39,6 +41,18 @@ def read_start(cfg: Any, defaults: Mapping[str, Any]) -> ParsedCheckpoint:
     _check_not_both(cfg, defaults, start.config, _LAYER_OPTIONS, path)
     logger.info("layers 0 to %d of the student start from layers %s of %s", len(layers) - 1, list(layers), path)
     return start
+
+
+def _check_variants(cfg: Any, path: str) -> None:
+    """A student that starts from a file has the file's shape: what would change it is refused."""
+    set_here = [name for name, value in variant_options(cfg).items() if value != VARIANT_OPTIONS[name]]
+    if cfg.init_layers == NO_LAYERS:
+        set_here = [name for name in set_here if name == "separable_conv_layers"]  # the rest is free
+    if set_here:
+        raise ValueError(
+            f"`model.{set_here[0]}` shapes students from scratch, but model.student_path={path} brings its own shape; leave "
+            f"{', '.join(f'model.{name}' for name in set_here)} or model.student_path out"
+        )
 
 
 # option -> what it is in the file that a student copies from

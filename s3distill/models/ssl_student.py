@@ -13,9 +13,19 @@ from torch import Tensor
 from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options
 from s3distill.encoder.config import ACTIVATIONS, EXTRACTOR_MODES, EncoderConfig, MaskConfig, TrainingConfig
 from s3distill.encoder.layer_choice import NO_LAYERS
-from s3distill.encoder.model import PARAMETER_PREFIXES, SpeechEncoder
+from s3distill.encoder.model import PARAMETER_PREFIXES, EncoderOutput, SpeechEncoder
+from s3distill.encoder.variants import ATTENTIONS, SHARED
 from s3distill.gates import MEASURES, UNITS, GateCounts, GateSet, Lagrangian, check_target, count_cost, sparsity
-from s3distill.heads import INITS, MODES, SHARINGS, HeadsConfig, TeacherHeads, parse_pairs_per_teacher
+from s3distill.heads import (
+    INITS,
+    MODES,
+    SHARINGS,
+    HeadsConfig,
+    TeacherHeads,
+    match_frames,
+    parse_pairs_per_teacher,
+    without_prediction,
+)
 from s3distill.models._student_start import read_start
 
 logger = logging.getLogger(__name__)
@@ -74,6 +84,46 @@ class SslStudentConfig(FairseqDataclass):
     )
     group_norm_over_padding: bool = field(
         default=False, metadata={"help": "take GroupNorm statistics over padding too, as fairseq does"}
+    )
+    # variants, of students from scratch
+    separable_conv_layers: List[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "conv layers that are depthwise-separable, counted from 0; layer 0 has one input and cannot be: [1,2,3,4,5,6]"
+        },
+    )
+    time_reduction: int = field(
+        default=1, metadata={"help": "frames that a convolution in front of layer 0 makes one of (FitHuBERT: 2)"}
+    )
+    shared: ChoiceEnum(list(SHARED)) = field(  # type: ignore[valid-type]
+        default="none",
+        metadata={
+            "help": "parameters that layers have in common (ALBERT); attention and ffn leave the LayerNorms apart"
+        },
+    )
+    shared_group: int = field(
+        default=0, metadata={"help": "consecutive layers that share parameters; 0: all layers are one group"}
+    )
+    attention: ChoiceEnum(list(ATTENTIONS)) = field(  # type: ignore[valid-type]
+        default="full",
+        metadata={
+            "help": "full: all pairs of frames; windowed: near ones (Longformer); linformer: projected keys, values"
+        },
+    )
+    attention_window: int = field(default=0, metadata={"help": "of windowed: frames on each side that are attended to"})
+    attention_global: int = field(
+        default=0, metadata={"help": "of windowed: so many first frames attend to all, and all to them"}
+    )
+    linformer_dim: int = field(default=0, metadata={"help": "of linformer: frames that keys and values become"})
+    linformer_max_frames: int = field(
+        default=0, metadata={"help": "of linformer: frames of the longest utterance; longer ones are refused"}
+    )
+    reuse_attention_layers: List[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Transformer layers, counted from 0, that apply the attention map of the nearest other one before them "
+            "(ARMHuBERT: every second, [1,3,5,7,9,11])"
+        },
     )
     # training
     dropout: float = field(default=0.1, metadata={"help": "dropout behind attention and FFN"})
@@ -279,8 +329,8 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             conv_features: what `extract` gave for this batch, [B, T, C_conv]; None runs the convolutions.
         Returns:
             ``predictions`` (per pair [B, T, C_teacher]; of the first teacher) and ``other_predictions`` (the same per further
-            teacher), ``hidden_states`` by layer, ``padding_mask`` and ``masked`` [B, T], ``expected_sparsity`` and ``penalty``
-            (scalars, None without gates).
+            teacher), ``hidden_states`` by layer, ``padding_mask`` (True = no prediction) and ``masked`` [B, T] at the teachers'
+            frame rate, ``expected_sparsity`` and ``penalty`` (scalars, None without gates).
         """
         assert self.heads is not None or num_layers is not None, "a student needs heads, or layers to compare"
         gates = None
@@ -303,15 +353,28 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             expected = self.expected_sparsity()
             if target_sparsity is not None:
                 penalty = self.lagrangian(expected, target_sparsity)
+        predictions, padding_mask = self._predict(out)
         return {
-            "predictions": self.heads(out.hidden_states) if self.heads is not None else [],
-            "other_predictions": self.heads.predict_others(out.hidden_states) if self.heads is not None else [],
+            "predictions": predictions[0] if predictions else [],
+            "other_predictions": predictions[1:],
             "hidden_states": out.hidden_states,
-            "padding_mask": out.padding_mask,
+            "padding_mask": padding_mask,
             "masked": out.masked,
             "expected_sparsity": expected,
             "penalty": penalty,
         }
+
+    def _predict(self, out: EncoderOutput) -> tuple[list[list[Tensor]], Tensor | None]:
+        """Per teacher its heads' predictions, [B, T, C_teacher] each, and which frames of the teacher have none, [B, T]."""
+        if self.heads is None:
+            return [], out.padding_mask
+        predictions = [self.heads(out.hidden_states), *self.heads.predict_others(out.hidden_states)]
+        factor = self.config.time_reduction
+        if factor == 1:
+            return predictions, out.padding_mask
+        batch_size, num_frames, _ = out.features.shape
+        mask = without_prediction(out.padding_mask, factor, batch_size, num_frames, out.features.device)
+        return [[match_frames(p, num_frames) for p in group] for group in predictions], mask
 
     def expected_sparsity(self) -> Tensor:
         """Share of the reference cost that the gates are expected to remove; scalar, differentiable in the gates."""
@@ -385,6 +448,7 @@ def _heads_configs(cfg: SslStudentConfig, config: EncoderConfig) -> list[HeadsCo
             mode=str(cfg.head_mode),
             sharing=str(cfg.head_sharing),
             init=str(cfg.head_init),
+            upsample=config.time_reduction,
         )
         for pairs, dim in zip(parse_pairs_per_teacher(cfg.distill_layers, len(dims)), dims, strict=True)
     ]
