@@ -111,7 +111,9 @@ def _shapes(report: dict[str, Any]) -> list[str]:
             f"{layer['num_heads']:3} heads of {layer['head_dim']:3}" if layer["attention"] else "no attention    "
         )
         reuse = "   reuses the attention map before it" if layer["reuses_attention"] else ""
-        lines.append(f"  layer {i:2}  {attention}   {'FFN ' + str(layer['ffn_dim']) if layer['ffn'] else 'no FFN'}{reuse}")
+        lines.append(
+            f"  layer {i:2}  {attention}   {'FFN ' + str(layer['ffn_dim']) if layer['ffn'] else 'no FFN'}{reuse}"
+        )
     return lines
 
 

@@ -397,7 +397,8 @@ def _heads_configs(cfg: SslStudentConfig, config: EncoderConfig) -> list[HeadsCo
 
 def _check_shape_of_start(cfg: SslStudentConfig) -> None:
     """A student that starts from a file has the file's shape: what would change it is refused."""
-    set_here = [name for name, value in variant_options(vars(cfg)).items() if value != VARIANT_OPTIONS[name]]
+    options = variant_options(cfg)  # type: ignore[arg-type]
+    set_here = [name for name, value in options.items() if value != VARIANT_OPTIONS[name]]
     if set_here:
         raise ValueError(
             f"`model.{set_here[0]}` shapes students from scratch, but model.student_path={cfg.student_path} brings its own shape; leave "

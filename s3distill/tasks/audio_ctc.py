@@ -101,7 +101,9 @@ class AudioCtcTask(AudioFinetuningTask):
         roots = {}
         if not options.get("binarized_dataset", False):
             for key, name in parts:
-                roots[key] = check_split(self.cfg.data, name, options.labels, self.cfg.target_dictionary, self.frames_of)
+                roots[key] = check_split(
+                    self.cfg.data, name, options.labels, self.cfg.target_dictionary, self.frames_of
+                )
             self._check_dictionary(options.labels)
         super().load_dataset(split, task_cfg, **kwargs)
         for key, root in roots.items():
