@@ -83,12 +83,13 @@ def check_manifest(
     dictionary: PathLike | None = None,
     max_workers: int = 4,
     progress: bool = True,
+    frames_of: Callable[[int], int] = manifest_check.num_frames,
 ) -> list[Fault]:
     """Checks a manifest with its audio, labels and dictionary, and lists everything that is wrong.
 
     Checked: every line; every audio file (there, readable to its end, 16 kHz, mono, of the stated length, long enough
-    for a frame); number of label lines, empty ones, symbols that the dictionary lacks, lines too long for CTC at 50 Hz,
-    letters that do not spell the words.
+    for a frame); number of label lines, empty ones, symbols that the dictionary lacks, lines too long for CTC, letters that
+    do not spell the words.
 
     Args:
         path: the `.tsv` file.
@@ -96,6 +97,7 @@ def check_manifest(
         dictionary: dictionary of the label files other than `.wrd`; by default ``dict.ENDING.txt`` beside them.
         max_workers: threads that read audio headers.
         progress: show a progress bar.
+        frames_of: samples -> frames of the model that is to be trained with CTC; the standard extractor's 50 Hz.
     Returns:
         The faults, in the order of the files and lines; empty where all is well.
     """
@@ -116,9 +118,9 @@ def check_manifest(
             symbols, dictionary_faults = parse_dictionary(dictionary_path)
             faults += dictionary_faults if dictionary_path not in checked_dictionaries else []
             checked_dictionaries.add(dictionary_path)
-        frames_of = None if symbols is None else manifest_check.num_frames
+        fits = None if symbols is None else frames_of
         # Without one readable symbol the dictionary's own fault is enough: every label would be unknown.
-        faults += manifest_check.label_faults(manifest, labels_file, symbols or None, frames_of)
+        faults += manifest_check.label_faults(manifest, labels_file, symbols or None, fits)
     by_ending = {labels_file.suffix: labels_file for labels_file in label_paths}
     if ".wrd" in by_ending and ".ltr" in by_ending:
         faults += manifest_check.spelling_faults(by_ending[".wrd"], by_ending[".ltr"])
@@ -167,7 +169,8 @@ def validate_for_training(
     if faults:
         listed = "\n  ".join(map(str, faults[:MAX_LISTED_FAULTS]))
         more = len(faults) - MAX_LISTED_FAULTS
-        rest = f"\n  and {more} more; `s3distill check {os.fspath(manifest_path)}` lists all" if more > 0 else ""
+        command = f"s3distill check {os.fspath(manifest_path)}{'' if frames_of is None else ' --model STUDENT.pt'}"
+        rest = f"\n  and {more} more; `{command}` lists all" if more > 0 else ""
         raise ValueError(f"{os.fspath(manifest_path)} cannot be trained on:\n  {listed}{rest}")
     return manifest
 

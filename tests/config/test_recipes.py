@@ -174,8 +174,9 @@ _CHANNEL_MASKS = (
 _SHAPE = (
     "encoder extractor_mode conv_feature_layers conv_bias encoder_layers encoder_embed_dim encoder_ffn_embed_dim "
     "encoder_attention_heads activation_fn layer_norm_first conv_pos conv_pos_groups pos_conv_depth "
-    "relative_position_embedding num_buckets max_distance separable_conv_layers time_reduction shared shared_group attention "
-    "attention_window attention_global linformer_dim linformer_max_frames reuse_attention_layers"
+    "relative_position_embedding num_buckets max_distance "
+    "separable_conv_layers time_reduction shared shared_group attention attention_window attention_global "
+    "linformer_dim linformer_max_frames reuse_attention_layers"
 )
 _SEQ2SEQ = (
     "autoregressive eval_wer eval_wer_config eval_wer_tokenizer eval_wer_post_process eval_bleu eval_bleu_detok "

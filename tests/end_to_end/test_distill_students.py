@@ -228,3 +228,65 @@ def test_what_has_no_heads_to_keep(kit: Any, tmp_path: Path) -> None:
     done = kit.commands.run("s3distill", "keep-heads", kit.teacher, tmp_path / "kept.pt", "--layers", "3")
     assert done.status == 2 and "must be an ssl_student with prediction heads" in done.output
     assert not (tmp_path / "kept.pt").exists()
+
+
+# ---------------------------------------------------------------- another frame rate
+
+HALF_RATE = (*NO_GATES, "model.student_path=null", *NARROW[1:], "++model.time_reduction=2", "model.head_sharing=own")
+CONVS = "++model.conv_feature_layers='[(8, 10, 5), (16, 1, 1)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2'"
+
+
+def test_heads_bring_reduced_frames_back_whatever_the_padding(build: Callable[..., Training]) -> None:
+    """FitHuBERT's: the loss of a padded batch is that of its utterances, each without the frames that no head predicts."""
+    run = build(*HALF_RATE, CONVS, "model.head_init=default", "model.distill_layers='1:1,2:3'")
+    batch, model = run.batches[0], run.model.eval()
+    inputs = batch["net_input"]
+    assert inputs["padding_mask"].any()
+    loss, num_frames, _ = run.criterion(model, batch)
+    expected, counted = 0.0, 0
+    odd = []
+    for i in range(len(batch["id"])):
+        source = inputs["source"][i : i + 1, : int((~inputs["padding_mask"][i]).sum())]
+        out = model(source)
+        targets, _ = run.task.teacher.hidden_states(source, None, [1, 3])
+        num_pairs = targets[0].shape[1] // 2
+        odd.append(targets[0].shape[1] % 2)
+        assert out["hidden_states"][0].shape[1] == num_pairs
+        for prediction, target in zip(out["predictions"], targets, strict=True):
+            assert prediction.shape == target.shape
+            p, t = prediction[:, : 2 * num_pairs], target[:, : 2 * num_pairs]
+            terms = (p - t).abs().mean(-1) - torch.nn.functional.cosine_similarity(p, t, dim=-1)
+            expected += terms.sum().item()
+        counted += 2 * num_pairs
+    assert sum(odd) > 0, "no utterance has a frame left over"
+    assert num_frames == counted
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_student_at_half_the_frame_rate_learns(build: Callable[..., Training]) -> None:
+    masks = ("criterion.mask_student=true", "model.mask_prob=0.5", "model.mask_length=3", "criterion.unmasked_weight=1")
+    run = build(*HALF_RATE, *masks, *CONSTANT_LR, "model.distill_layers='1:1,2:3'", "optimization.lr=[0.002]")
+    before = run.loss()
+    run.train(25)
+    assert run.loss()["loss_distill"] < before["loss_distill"] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["model.head_mode=none"], ["same width", "24 and 32"]),
+        (["model.head_init=least_squares"], ["cannot be least_squares", "2 frames made of one"]),
+        (
+            ["criterion.temporal_layer_weight=1"],
+            ["must have the same frames", "time_reduction=2", "temporal relations"],
+        ),
+        (
+            ["++model.conv_feature_layers='[(16, 10, 5)] + [(16, 3, 2)] * 3'"],
+            ["the same frames", "the teacher's convolutions"],
+        ),
+    ],
+)
+def test_frame_rates_that_do_not_meet(build: Callable[..., Training], options: list[str], parts: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        build(*HALF_RATE, "model.distill_layers='1:1,2:3'", *options)
+    assert all(part in str(error.value) for part in parts), error.value
