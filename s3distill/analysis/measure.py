@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from s3distill import compat
+from s3distill.analysis.layer_weights import layer_weights_of
 from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.speech_model import SpeechModel
@@ -159,7 +160,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         ``params`` (total without and with what training added: encoder, ctc_head, prediction_heads, gates, other),
         ``macs_per_second`` of the encoder, their ``breakdown`` by part, ``conv_layers`` and ``layers`` shapes,
-        ``checkpoint_bytes``, what kind of model it is, and its ``variants`` in words.
+        ``checkpoint_bytes``, what kind of model it is, its ``variants`` in words, and ``output``,
+        the prediction heads that stay at inference (None: there are none).
     Raises:
         FileNotFoundError, ValueError: see `s3distill.load`.
     """
@@ -185,7 +187,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "conv_layers": [asdict(layer) for layer in config.conv_layers],
         "layers": [asdict(layer) for layer in config.layers],
         "variants": describe_variants(config),
+        "output": _describe_output(parsed),
     }
+
+
+def _describe_output(parsed: ParsedCheckpoint) -> dict[str, Any] | None:
+    """Prediction heads that stay at inference: width, and each teacher layer's share."""
+    weights = layer_weights_of(parsed)
+    return None if weights is None else {"dim": parsed.config.output_dim, "weights": weights}
 
 
 def _describe_masks(parsed: ParsedCheckpoint) -> dict[str, Any] | None:

@@ -114,6 +114,9 @@ def _shapes(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"  layer {i:2}  {attention}   {'FFN ' + str(layer['ffn_dim']) if layer['ffn'] else 'no FFN'}{reuse}"
         )
+    if report["output"] is not None:
+        shares = ", ".join(f"{layer} {share:.3f}" for layer, share in report["output"]["weights"].items())
+        lines.append(f"  output: teacher layer {shares} (width {report['output']['dim']})")
     return lines
 
 
