@@ -113,13 +113,12 @@ def check_shared_extractor(model: Any, teachers: Sequence[Teacher]) -> None:
         return
     wrong = None
     if len(teachers) > 1:
+        # with one teacher, task.normalize is what both were trained with: the task and the student's file see to it
         wrong = f"there are {len(teachers)} teachers, which have one each"
+    elif model.gates is not None and "conv" in model.gates.units:
+        wrong = "model.prune_units has conv, so that the student's channels close; take it out"
     elif model.training_config.feature_grad_mult != 0:
         wrong = f"model.feature_grad_mult is {model.training_config.feature_grad_mult}, so that the student's would change; pass 0"
-    elif model.gates is not None and "conv" in model.gates.units:
-        wrong = "model.prune_units has conv, so that the student's channels close"
-    elif teachers[0].normalizes_itself:
-        wrong = f"{teachers[0].name} hears normalised waveforms, the student others"
     elif not teachers[0].has_extractor_of(model):
         wrong = f"the student's differ from those of {teachers[0].name}; start from them (model.student_path=${{task.teacher_path}})"
     if wrong:

@@ -136,8 +136,8 @@ class LayerDistill(FairseqCriterion):
             check_frames(model, teacher, self.terms.temporal.active)
             check_temporal_layers(model, teacher, pairs)
             self.terms.temporal.relations(pairs)
-        check_gates(model, cfg.target_sparsity)
         check_shared_extractor(model, teachers)
+        check_gates(model, cfg.target_sparsity)
 
     def _temporal_pairs(self, model: Any) -> List[Pairs]:
         """Per teacher the layers whose temporal relations are matched."""

@@ -94,6 +94,7 @@ PARAMETERS = {
     "lighthubert_small": (26_873_344, 27.0),
     "star_hubert": (22_309_024, 22.31),
     "star_hubert_l": (26_631_232, 26.63),
+    "star_hubert_s": (14_092_096, 14.09),  # of ours; 14.1 is stated
     "armhubert_s": (18_403_552, 22.39),
     # of ours, which nobody states
     "albert": (None, None),
@@ -240,6 +241,7 @@ CONVS = {
     "fithubert": _THIN.format(16, 16),
     "star_hubert": _THIN.format(24, 24),
     "star_hubert_l": _THIN.format(24, 24),
+    "star_hubert_s": _THIN.format(24, 24),
     "armhubert_s": _THIN.format(24, 24),
     "separable": checkpoints.SMALL["conv_feature_layers"],
 }

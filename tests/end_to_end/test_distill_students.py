@@ -175,8 +175,12 @@ def test_extractors_that_cannot_be_shared(
 
 
 def test_gated_convolutions_are_not_shared(build: Callable[..., Training]) -> None:
-    with pytest.raises(ValueError, match="feature_grad_mult"):  # gates on conv need gradients, so this is told first
+    with pytest.raises(ValueError, match="`model.shares_extractor`.*model.prune_units has conv.*take it out"):
         build("++model.shares_extractor=true", "model.feature_grad_mult=0", "model.prune_units=[conv]")
+    run = build("++model.shares_extractor=true", "model.feature_grad_mult=0", "model.prune_units=[head,ffn]")
+    calls = counted(run.task.teacher._encoder.feature_extractor)
+    run.train(1)
+    assert calls == [] and run.model.gates is not None
 
 
 # ---------------------------------------------------------------- heads at inference
@@ -202,6 +206,9 @@ def test_kept_heads_fine_tune_through_stock_wav2vec_ctc(kit: Any, tmp_path: Path
     predictions = [x @ heads[f"linears.{i}.weight"].T + heads[f"linears.{i}.bias"] for i, x in enumerate(inner)]
     expected = predictions[2] if layers == "3" else sum(predictions) / 3
     torch.testing.assert_close(model(waveforms).x, expected, rtol=1e-4, atol=1e-5)
+    folder = tmp_path / "folder"
+    kit.commands.run("s3distill", "convert", kept, folder).succeeded()
+    torch.testing.assert_close(s3distill.load(folder)(waveforms).x, model(waveforms).x)
 
     kit.commands.run(
         *("fairseq-hydra-train", "--config-dir", "config/quickstart", "--config-name", "finetune"),

@@ -10,6 +10,7 @@ from s3distill.encoder.model import SpeechEncoder
 from s3distill.gates import GateCounts, count_macs_per_second, count_parameters
 from s3distill.gates.output_cost import output_parameters
 from s3distill.heads import HeadsConfig, KeptHeads, LayerHeads, keep_heads
+from s3distill.masks.network import MaskedNetwork
 
 PAIRS = ((1, 4), (2, 8), (3, 12))
 MODES = [("predlayer", "own"), ("layer2layer", "own"), ("layer2layer", "shared")]
@@ -92,6 +93,8 @@ def test_an_encoder_whose_output_they_are(mode: str, sharing: str, layers: list[
     out = encoder(torch.randn(2, 400, generator=torch.Generator().manual_seed(2)))
     torch.testing.assert_close(out.x, KeptHeads.forward(encoder.output_heads, out.hidden_states))
     assert out.x.shape[-1] == 6 and out.hidden_states[-1].shape[-1] == 4
+    network = MaskedNetwork(shape, num_outputs=5).eval()
+    assert network(torch.randn(2, 400))[0].shape[-1] == 5, "masks and heads of fine-tuning have the output's width"
     assert encoder(torch.randn(1, 400), num_layers=2).x.shape[-1] == 4, "a lower layer is the layer, as it was"
     counts = GateCounts.full(shape)
     assert count_parameters(shape, counts) == sum(p.numel() for p in encoder.parameters())
