@@ -118,6 +118,23 @@ def test_recomputed_activations_give_the_same_gradients(name: str) -> None:
 
 
 @every_variant
+def test_half_precision_stays_near_float32(name: str) -> None:
+    """Cast as a whole, as teachers are, and under autocast, gradients included."""
+    source, padding_mask = make_batch([800, 500])
+    encoder = new_encoder(VARIANTS[name])
+    expected = encoder(source, padding_mask)
+    valid = slice(None) if expected.padding_mask is None else ~expected.padding_mask
+    with torch.no_grad():
+        cast = new_encoder(VARIANTS[name]).bfloat16()(source.bfloat16(), padding_mask).x
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = encoder(source, padding_mask).x
+    auto.float().square().sum().backward()
+    for out in (cast, auto):
+        assert_close(out[valid].detach().float(), expected.x[valid].detach(), 0.1)
+    assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.grad is not None)
+
+
+@every_variant
 def test_dropped_layers_leave_a_working_encoder(name: str) -> None:
     encoder = new_encoder(VARIANTS[name], TrainingConfig(layerdrop=0.5)).train()
     source, padding_mask = make_batch([800, 500])
