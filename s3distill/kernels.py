@@ -6,6 +6,7 @@ apex's compiled extension modules are probed (``fused_layer_norm_cuda``, ``amp_C
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
@@ -79,6 +80,21 @@ def _apex_l2norm() -> _Kernel:
 
 def _apex_cross_entropy() -> _Kernel:
     return _probe("xentropy_cuda", "forward", "apex.contrib.xentropy", "SoftmaxCrossEntropyLoss")
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Switches autocast off for what is computed in the type that it comes in: losses, statistics, the teacher.
+
+    Matrix products of float32 tensors are among what autocast rounds, whatever they are part of.
+    """
+    if is_autocast(device):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of this device; some kinds of device have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def layer_norm(

@@ -12,6 +12,7 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from torch import Tensor
 
+from s3distill import kernels
 from s3distill.criterions._distill_checks import (
     check_frames,
     check_gates,
@@ -169,7 +170,8 @@ class LayerDistill(FairseqCriterion):
         out = model(
             source, padding_mask, target_sparsity=target_sparsity, masked=masked, num_layers=max(read, default=0)
         )
-        loss, num_frames, log = self._distill(out, states, head_pairs, temporal_pairs)
+        with kernels.without_autocast(source.device):
+            loss, num_frames, log = self._distill(out, states, head_pairs, temporal_pairs)
         log["loss_distill"] = loss.detach()
         if out["penalty"] is not None:
             # gradients are divided by the summed sample_size over ranks, so a term that is no sum over frames is multiplied

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3distill import kernels
 from s3distill.encoder.config import ConvLayerConfig, EncoderConfig
 from s3distill.encoder.layers import LayerNorm
 
@@ -34,7 +35,8 @@ def masked_group_norm(x: Tensor, num_valid: Tensor, weight: Tensor, bias: Tensor
     values = x.float()
     n = num_valid.to(torch.float32)[:, None]  # [B, 1]
     # [B, C, T] @ [B, T, 1] -> [B, C]; detached, since the result does not depend on c
-    centre = (values.detach() @ valid.to(values.dtype).unsqueeze(-1)).squeeze(-1) / n
+    with kernels.without_autocast(x.device):
+        centre = (values.detach() @ valid.to(values.dtype).unsqueeze(-1)).squeeze(-1) / n
     values = torch.where(valid[:, None, :], values, centre.unsqueeze(-1))
     var_t, mean_t = torch.var_mean(values, dim=-1, correction=0)  # [B, C]
     drift = mean_t - centre
