@@ -40,7 +40,8 @@ class AudioCtcConfig(AudioFinetuningConfig):
     autocast_dtype: ChoiceEnum(list(AUTOCAST_DTYPES)) = field(  # type: ignore[valid-type]
         default="none",
         metadata={
-            "help": "bfloat16: matrix products of the model in bfloat16, on CPU and GPU; parameters and the loss stay float32. Instead of common.fp16, bf16 and amp"
+            "help": "bfloat16: matrix products of the model in bfloat16, on CPU and GPU; parameters and the loss stay "
+            "float32. Not beside common.fp16, bf16 or amp"
         },
     )
     fp16: bool = II("common.fp16")

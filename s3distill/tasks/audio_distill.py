@@ -39,7 +39,8 @@ class AudioDistillConfig(AudioPretrainingConfig):
     autocast_dtype: ChoiceEnum(list(AUTOCAST_DTYPES)) = field(  # type: ignore[valid-type]
         default="none",
         metadata={
-            "help": "bfloat16: matrix products of the student in bfloat16, on CPU and GPU; parameters, gates and losses stay float32. Instead of common.fp16, bf16 and amp"
+            "help": "bfloat16: matrix products of the student in bfloat16, on CPU and GPU; parameters, gates and losses stay "
+            "float32. Not beside common.fp16, bf16 or amp"
         },
     )
     extra_teacher_paths: List[str] = field(
