@@ -40,7 +40,7 @@ def train(run_dir: Path, data: Path, teacher: Path, updates: int, threads: int, 
     done = run_dir / "done"
     if done.exists() and done.read_text() == str(updates):
         return
-    every = max(1, updates // 20)
+    every = max(1, updates // 10)
     command = [
         *(str(Path(sys.executable).with_name("fairseq-hydra-train")), "--config-dir", str(ROOT / "config/quickstart")),
         *("--config-name", "stage1", f"common.user_dir={ROOT / 's3distill'}", f"hydra.run.dir={run_dir}"),

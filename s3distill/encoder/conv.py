@@ -47,6 +47,18 @@ def masked_group_norm(x: Tensor, num_valid: Tensor, weight: Tensor, bias: Tensor
     return torch.addcmul(shift.unsqueeze(-1), values, scale.unsqueeze(-1)).to(x.dtype)
 
 
+def gated_conv(conv: nn.Conv1d, x: Tensor, gate: Tensor | None) -> Tensor:
+    """conv(z * x; W) = conv(x; z * W) of x [B, C_in, T] and z [C_in]: a layer has fewer weights than input values.
+
+    So the first layers keep no scaled copies of their output, which are the largest tensors of a training step.
+    """
+    if gate is None:
+        return conv(x)
+    if type(conv) is not nn.Conv1d or conv.groups != 1:  # has weights of its own kind
+        return conv(x * gate.to(x.dtype)[:, None])
+    return F.conv1d(x, conv.weight * gate.to(conv.weight.dtype)[:, None], conv.bias, conv.stride)
+
+
 class ConvLayer(nn.Sequential):
     """conv -> (norm) -> GELU, under fairseq's keys: ``0`` is the conv, ``2`` the GroupNorm, ``2.1`` the LayerNorm."""
 
@@ -72,14 +84,20 @@ class ConvLayer(nn.Sequential):
         return self[2] if self.norm == "group_norm" else self[2][1]  # type: ignore[index, return-value]
 
     def forward(
-        self, x: Tensor, num_valid: Tensor | None = None, gate: Tensor | None = None, gate_output: bool = True
+        self,
+        x: Tensor,
+        num_valid: Tensor | None = None,
+        gate: Tensor | None = None,
+        input_gate: Tensor | None = None,
     ) -> Tensor:
         """x [B, C_in, T_in] -> [B, C, T].
 
-        ``num_valid`` [B] counts valid output frames. ``gate`` [C] weights the LayerNorm's statistics and, if
-        ``gate_output``, scales the output.
+        Args:
+            num_valid: valid output frames, [B]; None = all.
+            gate: weights the LayerNorm's statistics, [C]; it does not scale the output.
+            input_gate: scales the input's channels, [C_in], see `gated_conv`.
         """
-        x = self.conv(x)
+        x = gated_conv(self.conv, x, input_gate)
         norm = self.norm_layer
         if isinstance(norm, nn.GroupNorm):
             if num_valid is None:
@@ -88,8 +106,7 @@ class ConvLayer(nn.Sequential):
                 x = masked_group_norm(x, num_valid, norm.weight, norm.bias, norm.eps)
         elif norm is not None:
             x = norm(x.transpose(1, 2), gate).transpose(1, 2)
-        x = F.gelu(x)
-        return x * gate.to(x.dtype)[:, None] if gate is not None and gate_output else x
+        return F.gelu(x)
 
 
 class ConvExtractor(nn.Module):
@@ -120,7 +137,7 @@ class ConvExtractor(nn.Module):
             [B, C, T]
         """
         x = source.unsqueeze(1)  # [B, S] -> [B, 1, S]
-        last = len(self.conv_layers) - 1
+        input_gate = None
         for i, layer in enumerate(self.conv_layers):
             conv: nn.Conv1d = layer.conv  # type: ignore[assignment]
             num_valid = None
@@ -128,5 +145,6 @@ class ConvExtractor(nn.Module):
                 lengths = (lengths - conv.kernel_size[0]) // conv.stride[0] + 1
                 num_valid = None if self.over_padding else lengths
             gate = gates[i] if gates is not None else None
-            x = layer(x, num_valid, gate, gate_output=i != last)
+            x = layer(x, num_valid, gate, input_gate)
+            input_gate = gate
         return x

@@ -343,7 +343,7 @@ def test_autocast_rounds_matrix_products_and_nothing_else(build: Callable[..., T
     assert losses["rounded"] != losses["exact"], "autocast must be on"
     assert losses["rounded"] == pytest.approx(losses["exact"], abs=0.02)
     assert losses["rounded, trained"] == pytest.approx(losses["exact, trained"], abs=0.02)
-    assert losses["rounded, trained"] < losses["rounded"]
+    assert losses["exact, trained"] != pytest.approx(losses["exact"], abs=0.1), "the updates must have done something"
     assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
     state = rounded.trainer.optimizer.optimizer.state
     assert {moment.dtype for values in state.values() for moment in values.values()} == {torch.float32}
