@@ -1,6 +1,6 @@
 """Whether bfloat16 changes what a student learns: stage 1 of the quickstart in each precision, same seeds, same batches.
 
-    python benchmarks/precision_curves.py DATA TEACHER OUT [--updates 200] [--threads 2]
+    python benchmarks/precision_curves.py DATA TEACHER OUT [--updates 200] [--threads 2] [--override OPTION=VALUE]...
 
 DATA is a folder that ``s3distill demo-data`` made, TEACHER a checkpoint such as the quickstart's teacher. Each precision is a
 training with ``fairseq-hydra-train`` of this checkout's config/quickstart/stage1.yaml; a second float32 run with another seed
@@ -96,13 +96,16 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="folder of the runs, the CSV and the plot")
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--override", action="append", default=[], help="option of every run, e.g. dataset.batch_size=2"
+    )
     options = parser.parse_args()
     runs = {}
     for precision, overrides in PRECISIONS.items():
         run_dir = options.out.resolve() / precision.replace(",", "").replace(" ", "_")
         print(f"{precision}: {run_dir}", file=sys.stderr, flush=True)
         paths = options.data.resolve(), options.teacher.resolve()
-        train(run_dir, *paths, options.updates, options.threads, overrides)
+        train(run_dir, *paths, options.updates, options.threads, (*options.override, *overrides))
         runs[precision] = read_curves(run_dir / "output.log")
     write_csv(options.out / "curves.csv", runs)
     curves = {precision: run.valid["loss_distill"] for precision, run in runs.items()}

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from s3distill import kernels
+
 AUTOCAST_DTYPES = ("none", "bfloat16")  # float16 would need the loss to be scaled, which common.amp does
 
 _OTHER_PRECISIONS = ("fp16", "bf16", "amp")
@@ -40,6 +42,8 @@ class AutocastSteps:
     cfg: Any
 
     def train_step(self, sample: Any, model: Any, criterion: Any, *args: Any, **options: Any) -> Any:
+        if not torch.cuda.is_available():
+            kernels.keep_freed_memory()
         return super().train_step(sample, model, self._autocast(criterion), *args, **options)  # type: ignore[misc]
 
     def valid_step(self, sample: Any, model: Any, criterion: Any, *args: Any, **options: Any) -> Any:
