@@ -56,7 +56,7 @@ def gated_conv(conv: nn.Conv1d, x: Tensor, gate: Tensor | None) -> Tensor:
         return conv(x)
     if type(conv) is not nn.Conv1d or conv.groups != 1:  # has weights of its own kind
         return conv(x * gate.to(x.dtype)[:, None])
-    return F.conv1d(x, conv.weight * gate.to(conv.weight.dtype)[:, None], conv.bias, conv.stride)
+    return conv._conv_forward(x, conv.weight * gate.to(conv.weight.dtype)[:, None], conv.bias)
 
 
 class ConvLayer(nn.Sequential):
