@@ -403,7 +403,6 @@ def test_open_gates_change_nothing_and_every_gate_changes_something() -> None:
             assert not torch.allclose(out.x, plain.x, atol=1e-5), (kind, i)
 
 
-@torch.no_grad()
 class ScaledConv(nn.Conv1d):
     """A conv whose weight is not what it multiplies with, such as a masked one."""
 
@@ -429,6 +428,7 @@ def test_a_conv_takes_the_gate_of_its_input_on_its_weights(conv_type: type[nn.Co
     assert torch.equal(gated_conv(conv, x, None), conv(x))
 
 
+@torch.no_grad()
 def test_layer_norm_behind_a_gate_counts_open_channels() -> None:
     torch.manual_seed(0)
     norm, cut = LayerNorm(6).eval(), nn.LayerNorm(4)
