@@ -175,7 +175,7 @@ def test_extractors_that_cannot_be_shared(
 
 
 def test_gated_convolutions_are_not_shared(build: Callable[..., Training]) -> None:
-    with pytest.raises(ValueError, match="`model.shares_extractor`.*model.prune_units has conv.*take it out"):
+    with pytest.raises(ValueError, match=r"`model.shares_extractor`.*model.prune_units has conv.*take it out"):
         build("++model.shares_extractor=true", "model.feature_grad_mult=0", "model.prune_units=[conv]")
     run = build("++model.shares_extractor=true", "model.feature_grad_mult=0", "model.prune_units=[head,ffn]")
     calls = counted(run.task.teacher._encoder.feature_extractor)
