@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3distill.encoder.attention import SelfAttention
@@ -76,39 +75,39 @@ class WindowedAttention(SelfAttention):
     def _attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
         """What `attend` takes -> context of all queries as if none were global, [B, H, T, D]."""
         batch, _, frames, _ = q.shape
-        block, window = max(self.window, _SMALLEST_BLOCK), self.window
-        num_blocks = math.ceil(frames / block)
-        behind = num_blocks * block - frames  # frames that fill the last block
-
-        def near_keys(x: Tensor) -> Tensor:
-            # [B, H, T, D] -> [B, H, N, D, block + 2 window] -> [B * N, H, global + block + 2 window, D]
-            blocks = F.pad(x, (0, 0, window, behind + window)).unfold(2, block + 2 * window, block)
-            blocks = blocks.permute(0, 2, 1, 4, 3)
-            first = x[:, None, :, : self.num_global].expand(-1, num_blocks, -1, -1, -1)
-            return torch.cat([first, blocks], 3).flatten(0, 1)
-
-        queries = F.pad(q, (0, 0, 0, behind)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
+        query, key = self._block_frames(frames, q.device)
+        num_blocks = len(query)
         mask = (
-            self._block_mask(valid, block).expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
-        )  # [B * N, 1, block, keys]
-        context = super().attend(queries, near_keys(k), near_keys(v), mask)
-        # [B * N, H, block, D] -> [B, H, N * block, D] -> [B, H, T, D]
-        return context.unflatten(0, (batch, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :frames]
+            self._block_mask(valid, query, key).expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+        )  # [B * N, 1, block, K]
 
-    def _block_mask(self, valid: Tensor, block: int) -> Tensor:
-        """Valid frames [B, T] -> which of its keys each query of a block attends to, [B, N, block, global + block + 2 window]."""
-        window, frames = self.window, valid.shape[1]
-        num_blocks = math.ceil(frames / block)
-        starts = torch.arange(num_blocks, device=valid.device) * block
-        query = starts[:, None] + torch.arange(block, device=valid.device)  # [N, block], frame of each query
-        key = starts[:, None] + torch.arange(-window, block + window, device=valid.device)  # [N, block + 2 window]
-        distance = (key[:, None, :] - query[:, :, None]).abs()  # [N, block, block + 2 window]
-        inside = (key >= self.num_global) & (key < frames)  # global keys stand in front, and must not count twice
-        near = valid[:, key.clamp(0, frames - 1)] & inside  # [B, N, block + 2 window]
-        own = (distance == 0) & ((key >= frames) | ~valid[:, key.clamp(0, frames - 1)])[:, :, None, :]
-        local = (near[:, :, None, :] & (distance <= window)) | own
-        first = valid[:, None, None, : self.num_global].expand(-1, num_blocks, block, -1)
-        return torch.cat([first, local], 3)
+        def blocks(x: Tensor, index: Tensor) -> Tensor:
+            # [B, H, T, D] -> [B, N * K, H, D], rows of all heads at once -> [B * N, H, K, D]
+            rows = x.transpose(1, 2).index_select(1, index.clamp(0, frames - 1).flatten())
+            return rows.unflatten(1, index.shape).flatten(0, 1).transpose(1, 2)
+
+        context = super().attend(blocks(q, query), blocks(k, key), blocks(v, key), mask)
+        # [B * N, H, block, D] -> [B, N * block, H, D] -> [B, H, T, D]
+        return context.transpose(1, 2).unflatten(0, (batch, num_blocks)).flatten(1, 2)[:, :frames].transpose(1, 2)
+
+    def _block_frames(self, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The queries of each block, [N, block], and its keys, [N, K]: the global frames, then those around it; some do not exist."""
+        block = max(self.window, _SMALLEST_BLOCK)
+        starts = torch.arange(0, frames, block, device=device)[:, None]
+        near = starts + torch.arange(-self.window, block + self.window, device=device)
+        first = torch.arange(self.num_global, device=device).expand(len(starts), -1)
+        return starts + torch.arange(block, device=device), torch.cat([first, near], 1)
+
+    def _block_mask(self, valid: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Valid frames [B, T], queries and keys of each block -> which keys each query attends to, [B, N, block, K]."""
+        frames, index = valid.shape[1], torch.arange(key.shape[1], device=key.device)
+        is_valid = valid[:, key.clamp(0, frames - 1)] & (key >= 0) & (key < frames)  # [B, N, K]
+        # the global frames stand in front, and must not count twice
+        counts = is_valid & ((index < self.num_global) | (key >= self.num_global))
+        distance = (query[:, :, None] - key[:, None, :]).abs()  # [N, block, K]
+        near = (distance <= self.window) | (index < self.num_global)
+        # without any key a padded query would be NaN, and spread from there: it attends to itself
+        return (near & counts[:, :, None, :]) | ((distance == 0) & ~is_valid[:, :, None, :])
 
 
 class LinformerAttention(SelfAttention):

@@ -190,11 +190,15 @@ class SpeechEncoder(nn.Module):
                 f"every waveform must have at least {needed} samples ({needed / 16:.0f} ms at 16 kHz), so that it gives "
                 f"one frame, but the shortest has {shortest}; drop such utterances (min_sample_size) or pad the audio"
             )
-        longest, allowed = int(self.config.num_frames(source.shape[1])), self.config.linformer_max_frames
-        if self.config.attention == "linformer" and longest > allowed:
+        if self.config.attention == "linformer":
+            self._check_longest(int(self.config.num_frames(source.shape[1])))
+
+    def _check_longest(self, num_frames: int) -> None:
+        allowed = self.config.linformer_max_frames
+        if num_frames > allowed:
             raise ValueError(
                 f"with Linformer's attention a waveform must have at most `linformer_max_frames` = {allowed} frames "
-                f"({allowed * self.config.frame_stride / 16_000:.1f} s), but the longest has {longest}; crop or drop such utterances "
+                f"({allowed * self.config.frame_stride / 16_000:.1f} s), but the longest has {num_frames}; crop or drop such utterances "
                 "(task.max_sample_size), or train a student with a larger model.linformer_max_frames"
             )
 

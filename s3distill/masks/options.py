@@ -169,7 +169,8 @@ class MaskOptions:
     def rules(self, config: EncoderConfig) -> dict[str, MaskRule]:
         """Which modules are masked and how: name below `MaskedNetwork` -> rule, encoder first, head last.
 
-        Modules with density 1 are not masked at all, nor are those that have no weights (pruned to nothing).
+        Modules with density 1 are not masked at all, nor are those that have no weights (pruned to nothing), nor is the time
+        reduction, which S3-Router's models do not have. A weight that several layers share has one mask, under its owner's name.
 
         Raises:
             ValueError: ``layerwise_prune_rate`` has another length than the encoder has layers, or layers that share parameters

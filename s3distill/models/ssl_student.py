@@ -403,7 +403,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         Args:
             layer: stop behind this layer, 0-based as in fairseq; None runs all.
         Returns:
-            ``x`` [B, T, C], ``padding_mask`` [B, T] or None, ``features`` [B, T, C_conv], ``layer_results``: per layer
+            ``x`` [B, T, C], ``padding_mask`` [B, T] or None, ``features`` [B, T_features, C_conv], ``layer_results``: per layer
             (output [T, B, C], None, FFN output before the residual [T, B, C]), ``hidden_states``: L+1 tensors [B, T, C].
         """
         gates = self.gates.deterministic() if self.gates is not None else None

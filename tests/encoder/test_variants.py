@@ -15,9 +15,20 @@ from torch import Tensor
 
 from s3distill.encoder.attention import SelfAttention
 from s3distill.encoder.config import EncoderConfig, TrainingConfig, parse_conv_layers
+from s3distill.encoder.efficient_attention import WindowedAttention, num_pairs
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.encoder.options import VARIANT_OPTIONS, config_from_options, options_from_config
-from tests.encoder.variant_configs import PLAIN, PRE_LN, VARIANTS, WAVLM, changed, reusing, separated
+from tests.encoder.variant_configs import (
+    PLAIN,
+    PRE_LN,
+    VARIANTS,
+    WAVLM,
+    changed,
+    make_batch,
+    new_encoder,
+    reusing,
+    separated,
+)
 
 every_variant = pytest.mark.parametrize("name", list(VARIANTS))
 
@@ -25,23 +36,6 @@ every_variant = pytest.mark.parametrize("name", list(VARIANTS))
 @cache
 def make_encoder(name: str) -> SpeechEncoder:
     return new_encoder(VARIANTS[name])
-
-
-def new_encoder(config: EncoderConfig, training: TrainingConfig | None = None, seed: int = 0) -> SpeechEncoder:
-    """Random weights, biases and norms included, so that nothing is trivially right."""
-    torch.manual_seed(seed)
-    encoder = SpeechEncoder(config, training).eval()
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return encoder
-
-
-def make_batch(lengths: list[int], seed: int = 0, filler: float = 0.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    padding_mask = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
-    source = torch.randn(len(lengths), max(lengths), generator=generator) + 0.1
-    return source.masked_fill(padding_mask, filler), padding_mask
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
@@ -115,6 +109,23 @@ def test_recomputed_activations_give_the_same_gradients(name: str) -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][key], rtol=1e-4, atol=1e-4), key
+
+
+@every_variant
+def test_half_precision_stays_near_float32(name: str) -> None:
+    """Cast as a whole, as teachers are, and under autocast, gradients included."""
+    source, padding_mask = make_batch([800, 500])
+    encoder = new_encoder(VARIANTS[name])
+    expected = encoder(source, padding_mask)
+    valid = slice(None) if expected.padding_mask is None else ~expected.padding_mask
+    with torch.no_grad():
+        cast = new_encoder(VARIANTS[name]).bfloat16()(source.bfloat16(), padding_mask).x
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = encoder(source, padding_mask).x
+    auto.float().square().sum().backward()
+    for out in (cast, auto):
+        assert_close(out[valid].detach().float(), expected.x[valid].detach(), 0.1)
+    assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.grad is not None)
 
 
 @every_variant
@@ -251,8 +262,6 @@ def masked_full_attention(attention: SelfAttention, x: Tensor, allowed: Tensor) 
 @pytest.mark.parametrize(("window", "num_global"), [(1, 0), (5, 0), (5, 3), (20, 0), (20, 4), (3, 20)])
 @torch.no_grad()
 def test_windows_are_masked_full_attention(window: int, num_global: int) -> None:
-    from s3distill.encoder.efficient_attention import WindowedAttention, num_pairs
-
     torch.manual_seed(0)
     attention = WindowedAttention(16, 2, 8, window=window, num_global=num_global).double().eval()
     for frames, valid in ((150, 150), (150, 101), (33, 33), (12, 7)):
@@ -274,8 +283,6 @@ def test_windows_are_masked_full_attention(window: int, num_global: int) -> None
 
 
 def test_windows_cost_less_than_all_pairs_and_grow_linearly() -> None:
-    from s3distill.encoder.efficient_attention import num_pairs
-
     assert num_pairs(1500, 50, 1) < 0.12 * 1500**2
     assert num_pairs(3000, 50, 1) == pytest.approx(2 * num_pairs(1500, 50, 1), rel=0.01)
     assert num_pairs(20, 50, 1) == 400  # short utterances: all pairs, and no more

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, LayerConfig, uniform_layers
+import torch
+from torch import Tensor
+
+from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, LayerConfig, TrainingConfig, uniform_layers
+from s3distill.encoder.model import SpeechEncoder
 
 PLAIN = EncoderConfig(
     (ConvLayerConfig(12, 10, 5), ConvLayerConfig(10, 3, 2), ConvLayerConfig(8, 2, 2)),
@@ -89,3 +93,20 @@ VARIANTS = {
     ),  # FitHuBERT's, ARMHuBERT's and ALBERT's
     "everything_linformer": separated(changed(LINFORMER, shared="attention", time_reduction=2), 2),
 }
+
+
+def new_encoder(config: EncoderConfig, training: TrainingConfig | None = None, seed: int = 0) -> SpeechEncoder:
+    """Random weights, biases and norms included, so that nothing is trivially right."""
+    torch.manual_seed(seed)
+    encoder = SpeechEncoder(config, training).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
+
+
+def make_batch(lengths: list[int], seed: int = 0, filler: float = 0.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    padding_mask = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+    source = torch.randn(len(lengths), max(lengths), generator=generator) + 0.1
+    return source.masked_fill(padding_mask, filler), padding_mask

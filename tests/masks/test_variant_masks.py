@@ -21,8 +21,7 @@ from s3distill.masks.masked_model import MaskedModel
 from s3distill.masks.network import MaskedNetwork
 from s3distill.masks.options import MaskOptions
 from s3distill.masks.state import adopt_state, baked, network_of
-from tests.encoder.test_variants import make_batch
-from tests.encoder.variant_configs import PLAIN, VARIANTS, changed
+from tests.encoder.variant_configs import PLAIN, VARIANTS, changed, make_batch
 from tests.masks.banks import make_backbone, make_entry
 
 every_variant = pytest.mark.parametrize("name", list(VARIANTS))

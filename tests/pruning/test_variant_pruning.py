@@ -11,8 +11,7 @@ from s3distill.encoder.config import EncoderConfig
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.gates import UNITS, GateCounts, GateSet, GateValues, count_macs_per_second, count_parameters
 from s3distill.pruning import compare, cut, plan_from_gates
-from tests.encoder.test_variants import make_batch, new_encoder
-from tests.encoder.variant_configs import VARIANTS, WAVLM, changed, reusing
+from tests.encoder.variant_configs import VARIANTS, WAVLM, changed, make_batch, new_encoder, reusing
 
 every_variant = pytest.mark.parametrize("name", list(VARIANTS))
 
