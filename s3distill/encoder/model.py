@@ -108,7 +108,7 @@ class SpeechEncoder(nn.Module):
         if conv_features is None:
             features = self.layer_norm(*self._extract(source, lengths, conv_gates))
         else:
-            assert conv_gates is None, "gated convolutions cannot be shared"
+            assert conv_gates is None or not any(gate is not None for gate in conv_gates), "gated convolutions differ"
             features = self.layer_norm(conv_features.to(self.layer_norm.weight.dtype))
         if conv_gates is not None and conv_gates[-1] is not None:
             features = features * conv_gates[-1].to(features.dtype)
