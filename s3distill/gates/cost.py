@@ -6,11 +6,15 @@ whole numbers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig
-from s3distill.gates.counts import UNITS, Count, GateCounts, check_units, prunable_sizes, structure_sizes
+from s3distill.encoder.pos_shape import pos_conv_outputs, stream_groups
+from s3distill.gates.counts import MIN_OPEN, UNITS, Count, GateCounts, check_units, prunable_sizes, structure_sizes
 
 MEASURES = ("params", "macs")
 
@@ -37,10 +41,14 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
     A WavLM with n buckets and H heads before pruning adds n H for its position bias, which is never cut, and to each
     attention p_a (h + 8 (d / H + 1)) for the gate of the bias.
 
-    Products of expectations are the expectations of the products, since gates are independent of each other. A post-LN
+    With i_g inputs and o_g outputs of group g and the K positions of its kernel, each positional conv has sum_g (i_g K + 1) o_g,
+    and K more for weight_g where it is weight-normed.
+
+    Products of expectations are the expectations of the products, since gates are independent of each other; only in the
+    positional conv, whose inputs and outputs are both channels of the stream, it leaves the variance of their number out. A post-LN
     layer keeps both LayerNorms (4 d) without its sub-layers, in a pre-LN layer each goes with its sub-layer.
     """
-    dim = config.embed_dim
+    dim = stream_width(config, counts)
     conv: Count = 0
     norms: Count = 2 * dim + 2 * counts.conv[-1]  # encoder.layer_norm and layer_norm
     channels_in: Count = 1
@@ -56,17 +64,17 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
         has_attention, has_ffn = counts.attention_layers[i], counts.ffn_layers[i]
         attention = attention + has_attention * (3 * (dim + 1) * inner + (inner + 1) * dim)
         if config.position_buckets > 0:
-            gate = 8 * (dim // config.position_heads + 1)
+            gate = 8 * (config.position_slice_width + 1)
             attention = attention + has_attention * (counts.heads[i] + gate)
         ffn = ffn + has_ffn * ((dim + 1) * counts.ffn[i] + (counts.ffn[i] + 1) * dim)
         norms = norms + (2 * dim * (has_attention + has_ffn) if config.layer_norm_first else 4 * dim)
-    depth, kernel = config.pos_conv_depth, pos_conv_kernel(config)
-    pos_conv = depth * (dim * (dim // config.pos_conv_groups) * kernel + dim)
+    kernel, (pairs, outputs) = pos_conv_kernel(config), pos_conv_sizes(config, counts)
+    has_scale = config.pos_conv_depth == 1 and (isinstance(outputs, Tensor) or outputs > 0)
     return {
         "conv": conv,
         "projection": (channels_in + 1) * dim if config.project_features else 0,
         "mask_emb": dim,
-        "pos_conv": pos_conv + (kernel if depth == 1 else 0),  # weight_g [1, 1, K] of the weight norm
+        "pos_conv": pairs * kernel + outputs + (kernel if has_scale else 0),  # weight_g [1, 1, K] of the weight norm
         "position_bias": config.position_buckets * config.position_heads,
         "attention": attention,
         "ffn": ffn,
@@ -87,7 +95,7 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
     """Multiply-accumulates of one utterance, by part.
 
     With T_i frames behind conv layer i and T = T_last: conv sum_i c_{i-1} c_i k_i T_i, projection c_last d T,
-    positional conv depth * d (d / groups) k T, attention p_a (4 d h e T + 2 h e T^2) and, for the gate of WavLM's position
+    each positional conv sum_g i_g o_g K T, attention p_a (4 d h e T + 2 h e T^2) and, for the gate of WavLM's position
     bias, p_a 8 h (d / H) T, FFN p_f 2 d f T. Norms, biases, activations and gates, which are linear in the width, and
     the position bias, which is looked up and added to the scores, are not counted. The positional conv with an even kernel makes
     one frame more than it keeps.
@@ -103,7 +111,7 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
             f"`utterance_s` must be at least one frame ({config.receptive_field / SAMPLE_RATE:g} s), but is "
             f"{utterance_s}; {UTTERANCE_S:g} is the default"
         )
-    dim = config.embed_dim
+    dim = stream_width(config, counts)
     conv: Count = 0
     channels_in: Count = 1
     for shape, channels in zip(config.conv_layers, counts.conv, strict=True):
@@ -116,7 +124,7 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
         inner = counts.heads[i] * layer.head_dim
         attention = attention + counts.attention_layers[i] * inner * (4 * dim * frames + 2 * frames * frames)
         if config.position_buckets > 0:
-            gate = 8 * (dim // config.position_heads) * frames
+            gate = 8 * config.position_slice_width * frames
             attention = attention + counts.attention_layers[i] * counts.heads[i] * gate
         ffn = ffn + counts.ffn_layers[i] * counts.ffn[i] * (2 * dim * frames)
     kernel = pos_conv_kernel(config)
@@ -124,7 +132,7 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
     return {
         "conv": conv,
         "projection": channels_in * (dim * frames) if config.project_features else 0,
-        "pos_conv": config.pos_conv_depth * dim * (dim // config.pos_conv_groups) * kernel * pos_frames,
+        "pos_conv": pos_conv_sizes(config, counts)[0] * (kernel * pos_frames),
         "attention": attention,
         "ffn": ffn,
     }
@@ -160,6 +168,27 @@ def pos_conv_kernel(config: EncoderConfig) -> int:
     return config.pos_conv_kernel if depth == 1 else max(3, config.pos_conv_kernel // depth)
 
 
+def stream_width(config: EncoderConfig, counts: GateCounts) -> Count:
+    """Open channels of the residual stream."""
+    return sum(counts.width[1:], counts.width[0]) if counts.width else config.embed_dim
+
+
+def pos_conv_sizes(config: EncoderConfig, counts: GateCounts) -> tuple[Count, Count]:
+    """Pairs of an input and an output that a positional conv connects, and outputs, both over all groups and convs."""
+    groups = config.pos_conv_groups
+    inputs = counts.width or stream_groups(config)
+    outputs = counts.pos_conv or tuple(size for conv in pos_conv_outputs(config) for size in conv)
+    convs = [inputs, *(outputs[i : i + groups] for i in range(0, len(outputs), groups))]
+    pairs: Count = 0
+    for incoming, outgoing in itertools.pairwise(convs):
+        for i, o in zip(incoming, outgoing, strict=True):
+            pairs = pairs + i * o
+    total: Count = 0
+    for count in outputs:
+        total = total + count
+    return pairs, total
+
+
 def _total(parts: dict[str, Count]) -> Count:
     total: Count = 0
     for part in parts.values():
@@ -184,15 +213,19 @@ def sparsity(
 
 
 def minimum_counts(config: EncoderConfig, units: Sequence[str]) -> GateCounts:
-    """What stays if every gate of ``units`` closes: one channel per gated conv layer, nothing of the others."""
+    """What stays if every gate of ``units`` closes: `MIN_OPEN` of each vector of gates."""
     check_units(units)
     counts = structure_sizes(config)
     for unit in units:
-        floor = 1 if unit == "conv" else 0
         counts[unit] = tuple(
-            floor if gated else size for size, gated in zip(counts[unit], prunable_sizes(config)[unit], strict=True)
+            MIN_OPEN[unit] if gated else size
+            for size, gated in zip(counts[unit], prunable_sizes(config)[unit], strict=True)
         )
-    return GateCounts(*(counts[unit] for unit in UNITS))
+    # the last positional conv writes to open channels of the stream only
+    groups = config.pos_conv_groups
+    last = tuple(map(min, counts["pos_conv"][-groups:], counts["width"]))
+    counts["pos_conv"] = (*counts["pos_conv"][:-groups], *last)
+    return GateCounts(*(counts[unit] for unit in UNITS)).tied(config)
 
 
 def minimum_parameters(config: EncoderConfig, units: Sequence[str]) -> int:

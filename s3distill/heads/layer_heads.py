@@ -33,6 +33,8 @@ class HeadsConfig:
         sharing: ``own``: a Linear per pair; ``shared``: student layer 0 has its own, the others share one.
         init: ``identity`` (its first rows and columns where the widths differ, zero bias), ``least_squares`` (identity
             until `LayerHeads.fit_least_squares` is called) or ``default`` (torch's).
+        hidden_dim: of ``predlayer``, width behind the GELU, per pair; 0 = ``student_dim``. A student whose width was pruned keeps
+            that of its heads.
     Raises:
         ValueError: an unknown choice, a layer that the student lacks, or least squares in ``predlayer`` mode.
     """
@@ -44,6 +46,7 @@ class HeadsConfig:
     mode: str = "layer2layer"
     sharing: str = "shared"
     init: str = "identity"
+    hidden_dim: int = 0
 
     def __post_init__(self) -> None:
         choices = {"mode": (self.mode, MODES), "sharing": (self.sharing, SHARINGS), "init": (self.init, INITS)}
@@ -52,6 +55,11 @@ class HeadsConfig:
         _require(
             min(self.student_dim, self.teacher_dim) > 0,
             f"`student_dim` and `teacher_dim` must be positive, but are {self.student_dim} and {self.teacher_dim}",
+        )
+        _require(
+            self.hidden_dim >= 0 and (self.hidden_dim == 0 or self.mode == "predlayer"),
+            f"`hidden_dim` is the inner width of heads of mode `predlayer`, 0 = the student's, but is {self.hidden_dim} in mode "
+            f"{self.mode!r}; leave it out",
         )
         _require(
             len(self.pairs) > 0 and all(len(pair) == 2 and min(pair) >= 0 for pair in self.pairs),
@@ -122,7 +130,7 @@ class LayerHeads(nn.Module):
     """One prediction per pair of the config.
 
         layer2layer  p_j = W_j h_{s_j} + b_j                                    (Peng et al., 2023, DPHuBERT)
-        predlayer    p_j = V_j GELU(W_j h_last + b_j) + c_j, W_j [C_s, C_s]    (Chang et al., 2022, DistilHuBERT)
+        predlayer    p_j = V_j GELU(W_j h_last + b_j) + c_j, W_j [C_h, C_s]    (Chang et al., 2022, DistilHuBERT)
 
     Keys: ``linears.N``, one per pair; ``shared``: 0 = that of student layer 0 if a pair names it, the last = the shared
     one; ``predlayer``: ``hidden`` (all W_j stacked) and ``linears.N`` (V_j).
@@ -139,8 +147,11 @@ class LayerHeads(nn.Module):
         num_linears = max(self.linear_of_pair) + 1
         self.hidden: nn.Linear | None = None
         if config.mode == "predlayer":
-            self.hidden = nn.Linear(config.student_dim, config.student_dim * num_linears)
-        self.linears = nn.ModuleList(nn.Linear(config.student_dim, config.teacher_dim) for _ in range(num_linears))
+            width = config.hidden_dim or config.student_dim
+            self.hidden = nn.Linear(config.student_dim, width * num_linears)
+        else:
+            width = config.student_dim
+        self.linears = nn.ModuleList(nn.Linear(width, config.teacher_dim) for _ in range(num_linears))
         if config.mode == "layer2layer" and config.init != "default":
             for linear in self._linears():
                 nn.init.eye_(linear.weight)
