@@ -15,6 +15,7 @@ from torch import Tensor
 from s3distill import compat
 from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.encoder.config import SAMPLE_RATE
+from s3distill.encoder.pos_shape import pos_conv_outputs
 from s3distill.encoder.speech_model import SpeechModel
 from s3distill.gates import GateCounts, breakdown, count_macs_per_second
 from s3distill.gates.cost import UTTERANCE_S
@@ -157,7 +158,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         ``params`` (total without and with what training added: encoder, ctc_head, prediction_heads, gates, other),
-        ``macs_per_second`` of the encoder, their ``breakdown`` by part, ``conv_layers`` and ``layers`` shapes,
+        ``macs_per_second`` of the encoder, their ``breakdown`` by part, ``conv_layers`` and ``layers`` shapes, outputs of each
+        positional convolution (``pos_conv``),
         ``checkpoint_bytes``, and what kind of model it is.
     Raises:
         FileNotFoundError, ValueError: see `s3distill.load`.
@@ -179,6 +181,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "macs_per_second": breakdown(config, full, "macs"),
         },
         "embed_dim": config.embed_dim,
+        "pos_conv": [sum(outputs) for outputs in pos_conv_outputs(config)],
         "extractor_mode": config.extractor_mode,
         "layer_norm_first": config.layer_norm_first,
         "conv_layers": [asdict(layer) for layer in config.conv_layers],

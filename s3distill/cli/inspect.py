@@ -102,6 +102,7 @@ def _shapes(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"  conv {i:2}   {conv['channels']:5} channels   kernel {conv['kernel']:2}   stride {conv['stride']}"
         )
+    lines.append(f"  pos-conv  {' '.join(map(str, report['pos_conv']))} outputs into {report['embed_dim']} channels")
     for i, layer in enumerate(report["layers"]):
         attention = (
             f"{layer['num_heads']:3} heads of {layer['head_dim']:3}" if layer["attention"] else "no attention    "

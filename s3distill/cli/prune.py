@@ -17,6 +17,7 @@ from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.speech_model import normalize_waveforms
 from s3distill.gates import GateCounts, count_macs_per_second, count_parameters
 from s3distill.pruning.compact import CompactStudent, prune_student
+from s3distill.pruning.width import cut_heads
 
 MAX_SECONDS = 10  # of each utterance in the check
 
@@ -74,6 +75,7 @@ def _write(path: str, state: dict[str, Any], student: ParsedCheckpoint, compact:
         **student.pretraining_options,
         "_name": "ssl_student",
         "encoder": compact.config.to_json(),
+        "encoder_embed_dim": compact.config.embed_dim,
         "student_path": None,
         "prune_units": [],
         "normalize": student.normalize,
@@ -84,7 +86,10 @@ def _write(path: str, state: dict[str, Any], student: ParsedCheckpoint, compact:
         "teacher_path": None,
         "post_save_script": None,
     }
+    if compact.config.embed_dim < student.config.embed_dim and model.get("head_mode") == "predlayer":
+        model["head_hidden_dim"] = model.get("head_hidden_dim") or student.config.embed_dim
     heads = {k: v for k, v in student.extra_state.items() if k.startswith("heads.")}
+    heads = cut_heads(heads, compact.plan.width)
     compat.write_checkpoint(path, {**compact.state, **heads}, model, task)
 
 
@@ -97,7 +102,10 @@ def _report(student: ParsedCheckpoint, compact: CompactStudent, output: str, num
     print(f"MACs/s audio   {macs_before:>14,.0f} -> {macs_after:>14,.0f}  ({1 - macs_after / macs_before:.1%} fewer)")
     full, kept = compact.before.as_dict(), compact.after.as_dict()
     for unit in full:
-        print(f"{unit:<16}" + " ".join(f"{k}/{f}" for k, f in zip(kept[unit], full[unit], strict=True)))
+        pairs = list(zip(kept[unit], full[unit], strict=True))
+        if unit in ("width", "pos_conv"):  # per group; what is read is their number
+            pairs = [(sum(kept[unit]), sum(full[unit]))]
+        print(f"{unit:<16}" + " ".join(f"{k}/{f}" for k, f in pairs))
     print(
         f"check on {num_utterances} utterances: relative error {compact.equivalence.relative_error:.1e} between gated and pruned student"
     )

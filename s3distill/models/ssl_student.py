@@ -119,6 +119,10 @@ class SslStudentConfig(FairseqDataclass):
             "help": "of layer2layer: identity (truncated where widths differ), least_squares (fitted at the start) or default (random)"
         },
     )
+    head_hidden_dim: int = field(
+        default=0,
+        metadata={"help": "of predlayer: inner width of each head; 0: that of student_path's heads, else the student's width"},
+    )
     teacher_dim: int = field(default=0, metadata={"help": "width of the teacher; 0: taken from the task's teacher"})
     extra_teacher_dims: List[int] = field(
         default_factory=list,
@@ -180,6 +184,8 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         config = replace(config, group_norm_over_padding=bool(cfg.group_norm_over_padding))
         cfg.encoder = config.to_json()
         cfg.encoder_embed_dim = config.embed_dim
+        if start is not None and str(cfg.head_mode) == "predlayer":  # heads of a student whose width was cut keep theirs
+            cfg.head_hidden_dim = cfg.head_hidden_dim or int(start.pretraining_options.get("head_hidden_dim") or 0)
         num_others = getattr(task, "num_teachers", 1) - 1
         dims_are_known = cfg.teacher_dim and len(cfg.extra_teacher_dims) >= num_others
         needs_teacher = (cfg.distill_layers and not dims_are_known) or (cfg.prune_units and not cfg.reference_cost)
@@ -345,6 +351,7 @@ def _heads_configs(cfg: SslStudentConfig, config: EncoderConfig) -> list[HeadsCo
             mode=str(cfg.head_mode),
             sharing=str(cfg.head_sharing),
             init=str(cfg.head_init),
+            hidden_dim=cfg.head_hidden_dim,
         )
         for pairs, dim in zip(parse_pairs_per_teacher(cfg.distill_layers, len(dims)), dims, strict=True)
     ]
