@@ -17,6 +17,10 @@ COMMANDS = {
     "train": ("s3distill.cli.train", "fairseq-hydra-train, with devices, paths, options and manifests checked first"),
     "prune": ("s3distill.cli.prune", "cut the closed gates out of a trained student"),
     "inspect": ("s3distill.cli.inspect", "parameters, MACs, shapes and speed of a checkpoint"),
+    "latency-table": (
+        "s3distill.cli.latency_table",
+        "time the parts of an encoder here, for model.prune_measure=latency",
+    ),
     "convert": (
         "s3distill.cli.convert",
         "Hugging Face folders and WavLM files to fairseq checkpoints, students to folders",

@@ -138,7 +138,8 @@ class EncoderConfig:
         )
         self._check_position_channels()
         _require(
-            self.position_heads > 0 and (self.position_channels is not None or self.embed_dim % self.position_heads == 0),
+            self.position_heads > 0
+            and (self.position_channels is not None or self.embed_dim % self.position_heads == 0),
             f"`embed_dim` ({self.embed_dim}) must be a multiple of `position_heads`, the heads of the unpruned model, but that is "
             f"{self.position_heads}",
         )
@@ -162,7 +163,9 @@ class EncoderConfig:
             return
         width = self.position_slice * self.position_heads
         _require(
-            len(channels) == self.embed_dim and list(channels) == sorted(set(channels)) and 0 <= channels[0] <= channels[-1] < width,
+            len(channels) == self.embed_dim
+            and list(channels) == sorted(set(channels))
+            and 0 <= channels[0] <= channels[-1] < width,
             f"`position_channels` must name a different channel of the unpruned stream, 0 to {width - 1}, for each of the "
             f"{self.embed_dim} that are left, ascending, but is {channels}",
         )

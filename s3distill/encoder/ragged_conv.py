@@ -40,7 +40,9 @@ class RaggedConv(nn.Module):
         weight = torch._weight_norm(self.weight_v, self.weight_g, 2) if self.weight_norm else self.weight
         weights = split_groups(weight, self.inputs, self.outputs)
         results = [
-            F.conv1d(part, w, b, padding=self.kernel // 2)[:, :, : x.shape[2]]  # an even kernel makes one frame too many
+            F.conv1d(part, w, b, padding=self.kernel // 2)[
+                :, :, : x.shape[2]
+            ]  # an even kernel makes one frame too many
             for part, w, b in zip(x.split(self.inputs, 1), weights, self.bias.split(self.outputs), strict=True)
             if len(w) > 0
         ]
@@ -50,7 +52,4 @@ class RaggedConv(nn.Module):
 def split_groups(weight: Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> list[Tensor]:
     """[N, 1, K] -> per group [outputs[g], inputs[g], K]; the same memory."""
     sizes = [o * i for o, i in zip(outputs, inputs, strict=True)]
-    return [
-        part.view(o, i, weight.shape[-1])
-        for part, o, i in zip(weight.split(sizes), outputs, inputs, strict=True)
-    ]
+    return [part.view(o, i, weight.shape[-1]) for part, o, i in zip(weight.split(sizes), outputs, inputs, strict=True)]

@@ -79,9 +79,7 @@ class PositionalConv(nn.ModuleList):
         index = torch.tensor(written) if len(written) < channels else None
         self.register_buffer("written", index, persistent=False)
 
-    def forward(
-        self, x: Tensor, padding_mask: Tensor | None, gates: Sequence[Tensor | None] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, padding_mask: Tensor | None, gates: Sequence[Tensor | None] | None = None) -> Tensor:
         """[B, T, C] (padded frames already zero) -> [B, T, C]
 
         ``gates``: per conv [outputs] or None. They stand in front of the GELU of a single conv; in a stack they weight the
@@ -258,7 +256,13 @@ class Transformer(nn.Module):
                 hidden_states.append(x)
                 ffn_outputs.append(torch.zeros_like(x))
                 continue
-            inputs = (x, attention_mask, *(gates.layer(i) if gates is not None else (None,) * 4), position_bias, width_gate)
+            inputs = (
+                x,
+                attention_mask,
+                *(gates.layer(i) if gates is not None else (None,) * 4),
+                position_bias,
+                width_gate,
+            )
             if self.checkpoint_activations and self.training:
                 x, ffn_output = checkpoint(layer, *inputs, use_reentrant=False)
             else:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from s3distill.encoder.pos_shape import pos_conv_outputs, stream_groups
 from s3distill.gates.counts import MIN_OPEN, UNITS, Count, GateCounts, check_units, prunable_sizes, structure_sizes
 
 MEASURES = ("params", "macs")
+
+Measure: TypeAlias = str | Callable[[EncoderConfig, GateCounts], Count]
+"""What size counts: one of `MEASURES`, or a function of its own, such as a `LatencyTable`."""
 
 UTTERANCE_S = 10.0  # seconds; attention's MACs per second of audio grow with the length of the utterance
 
@@ -155,10 +159,15 @@ def breakdown(config: EncoderConfig, counts: GateCounts, measure: str = "params"
     return {name: float(part) / per for name, part in parts.items()}
 
 
-def count_cost(config: EncoderConfig, counts: GateCounts | None, measure: str) -> Count:
-    """`count_parameters` or `count_macs_per_second`, by the names of `MEASURES`; ``counts`` None = nothing pruned."""
-    check_measure(measure)
+def count_cost(config: EncoderConfig, counts: GateCounts | None, measure: Measure) -> Count:
+    """`count_parameters` or `count_macs_per_second`, by the names of `MEASURES`, or what ``measure`` itself gives.
+
+    ``counts`` None = nothing pruned.
+    """
     counts = GateCounts.full(config) if counts is None else counts
+    if not isinstance(measure, str):
+        return measure(config, counts)
+    check_measure(measure)
     return count_parameters(config, counts) if measure == "params" else count_macs_per_second(config, counts)
 
 
@@ -197,13 +206,13 @@ def _total(parts: dict[str, Count]) -> Count:
 
 
 def sparsity(
-    config: EncoderConfig, counts: GateCounts, measure: str = "params", reference: float | None = None
+    config: EncoderConfig, counts: GateCounts, measure: Measure = "params", reference: float | None = None
 ) -> Count:
     """Fraction removed, s = 1 - cost(counts) / reference.
 
     Args:
         config: shape of the student before pruning.
-        measure: ``params`` or ``macs``.
+        measure: ``params``, ``macs``, or a function.
         reference: cost that counts as 0 sparsity, None = that of ``config``. Give the teacher's for a smaller student.
     Returns:
         float for whole counts, else [] float64, differentiable.
@@ -237,7 +246,7 @@ def check_target(
     config: EncoderConfig,
     units: Sequence[str],
     target: float,
-    measure: str = "params",
+    measure: Measure = "params",
     reference: float | None = None,
 ) -> None:
     """Refuses a target sparsity that no setting of the gates reaches.

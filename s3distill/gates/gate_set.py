@@ -163,7 +163,7 @@ class GateSet(nn.Module):
             kept[inner] = [count * there for count, there in zip(kept[inner], kept[sub_layer], strict=True)]
         if "width" in self.units:
             stream = {(u, i): g.deterministic(MIN_OPEN[u]) for u, i, g in self.all_gates() if u in _STREAM}
-            kept["pos_conv"] = list(GateCounts.from_values(self.config, self._values(stream)).pos_conv)
+            kept["pos_conv"] = [int(n) for n in GateCounts.from_values(self.config, self._values(stream)).pos_conv]
         return GateCounts(*(tuple(kept[unit]) for unit in UNITS)).tied(self.config)
 
     def kept_units(self) -> dict[str, tuple[int, ...]]:

@@ -35,9 +35,7 @@ class GateValues:
     def open(cls, config: EncoderConfig) -> GateValues:
         """Every gate of an encoder of this shape fully open."""
         none = (None,) * config.num_layers
-        return cls(
-            (None,) * len(config.conv_layers), none, none, none, none, None, (None,) * config.pos_conv_depth
-        )
+        return cls((None,) * len(config.conv_layers), none, none, none, none, None, (None,) * config.pos_conv_depth)
 
     def layer(self, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """The gates of one Transformer layer: heads [H], FFN dims [F], attention sub-layer [], FFN sub-layer []."""

@@ -23,6 +23,7 @@ class CompactStudent:
     Attributes:
         config, state: shape and encoder parameters of the compact student.
         plan: what stays of the gated one.
+        kept: structures that the gates keep, in the terms of the gated student (a latency table's).
         before, after: structures before and after, by unit and layer (for `count_parameters` and the report).
         equivalence: how far the compact student is from the gated one, on the audio that was given.
     """
@@ -30,6 +31,7 @@ class CompactStudent:
     config: EncoderConfig
     state: dict[str, Tensor]
     plan: PruningPlan
+    kept: GateCounts
     before: GateCounts
     after: GateCounts
     equivalence: Equivalence
@@ -79,4 +81,7 @@ def prune_student(
             f"{equivalence.layer}, allowed are {TOLERANCE:.0e}; nothing was written. Is the audio silent or the checkpoint diverged? "
             "Otherwise please report it"
         )
-    return CompactStudent(config, state, plan, GateCounts.full(student.config), GateCounts.full(config), equivalence)
+    kept = GateCounts.from_values(student.config, values)
+    return CompactStudent(
+        config, state, plan, kept, GateCounts.full(student.config), GateCounts.full(config), equivalence
+    )

@@ -91,7 +91,9 @@ def _cut_layer(
         # head h owns rows h*D .. h*D+D-1 of q, k, v and the same columns of out_proj
         rows = (kept.indices[:, None] * before.head_dim + torch.arange(before.head_dim)).flatten()
         for name in ("q_proj", "k_proj", "v_proj"):
-            compact[f"{prefix}self_attn.{name}.weight"] = state[f"{prefix}self_attn.{name}.weight"][rows][:, width.indices]
+            compact[f"{prefix}self_attn.{name}.weight"] = state[f"{prefix}self_attn.{name}.weight"][rows][
+                :, width.indices
+            ]
             compact[f"{prefix}self_attn.{name}.bias"] = state[f"{prefix}self_attn.{name}.bias"][rows]
         columns = _rows(state[f"{prefix}self_attn.out_proj.weight"][:, rows], width)
         compact[f"{prefix}self_attn.out_proj.weight"] = columns * kept.scale.repeat_interleave(before.head_dim) * scale

@@ -116,7 +116,9 @@ def cut_heads(heads: dict[str, Tensor], width: Kept) -> dict[str, Tensor]:
 
     def reads_stream(name: str) -> bool:
         prefix, linears, _ = name.rpartition("linears.")
-        return name.endswith("hidden.weight") or bool(linears and name.endswith("weight") and prefix not in through_hidden)
+        return name.endswith("hidden.weight") or bool(
+            linears and name.endswith("weight") and prefix not in through_hidden
+        )
 
     return {name: value[:, width.indices] if reads_stream(name) else value for name, value in heads.items()}
 

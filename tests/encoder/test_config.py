@@ -97,7 +97,10 @@ FAULTS = [
     ({"layers": (LayerConfig(1, 8, 4), LayerConfig(-1, 8, 4))}, "layer 1 must have num_heads >= 0"),
     ({"layers": (LayerConfig(1, 0, 4),)}, "layer 0 must have num_heads >= 0, head_dim > 0"),
     ({"layers": (LayerConfig(1, 8, -1),)}, "and ffn_dim >= 0, but is"),
-    ({"pos_conv_shape": PosConvShape((8, 7), (), ())}, "`inputs` of `pos_conv_shape` must be the channels of 16 groups, 16 in"),
+    (
+        {"pos_conv_shape": PosConvShape((8, 7), (), ())},
+        "`inputs` of `pos_conv_shape` must be the channels of 16 groups, 16 in",
+    ),
     (
         {"pos_conv_groups": 2, "pos_conv_depth": 2, "pos_conv_shape": PosConvShape((9, 7), (), ())},
         "`hidden` of `pos_conv_shape` must have the channels of 2 groups for each of the 1 inner",

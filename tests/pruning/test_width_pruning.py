@@ -84,10 +84,8 @@ def num_parameters(encoder: SpeechEncoder) -> int:
 @pytest.mark.parametrize("units", ["width", "pos_conv", "width+pos_conv", "all"])
 def test_pruned_equals_masked_and_costs_what_was_counted(family: str, units: str) -> None:
     encoder = make_encoder(FAMILIES[family])
-    if units == "all":
-        gates = all_gates(encoder.config)
-    else:
-        gates = stream_gates(encoder.config, 0, "width" in units, "pos_conv" in units)
+    some = stream_gates(encoder.config, 0, "width" in units, "pos_conv" in units)
+    gates = all_gates(encoder.config) if units == "all" else some
     compact = prune(encoder, gates)
     result = compare(encoder, gates, compact, *padded_batch())
     assert result.relative_error <= 1e-5, result
