@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +13,11 @@ from torch import Tensor
 
 from s3distill import compat
 from s3distill.analysis.layer_weights import layer_weights_of
+from s3distill.analysis.timing import synchronize, threads
 from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.encoder.config import SAMPLE_RATE
+from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.pos_shape import pos_conv_outputs
 from s3distill.encoder.speech_model import SpeechModel
 from s3distill.encoder.variants import describe_variants
 from s3distill.gates import GateCounts, breakdown, count_macs_per_second
@@ -114,15 +116,22 @@ def measure_mask_speedup(
     return Speedup(slow.processing_s / fast.processing_s, slow, fast)
 
 
+def measure_encoders(
+    encoders: list[SpeechEncoder], seconds: float = UTTERANCE_S, repeats: int = 5, num_threads: int | None = None
+) -> list[RTF]:
+    """Times encoders in turn on the same audio; see `measure_rtf`."""
+    return _measure(list(encoders), seconds, repeats, num_threads)
+
+
 def _measure(
-    models: Sequence[SpeechModel | MaskedNetwork], seconds: float, repeats: int, num_threads: int | None
+    models: Sequence[SpeechModel | MaskedNetwork | SpeechEncoder], seconds: float, repeats: int, num_threads: int | None
 ) -> list[RTF]:
     if repeats < 1 or (num_threads is not None and num_threads < 1):
         raise ValueError(f"`repeats` and `num_threads` must be at least 1, but are {repeats} and {num_threads}")
     num_samples = round(seconds * SAMPLE_RATE)
     waveform = 0.1 * torch.randn(1, num_samples, generator=torch.Generator().manual_seed(0))
     best = [float("inf")] * len(models)
-    with torch.inference_mode(), _threads(num_threads):
+    with torch.inference_mode(), threads(num_threads):
         for _ in models:
             for model in models:
                 _time_once(model, waveform)
@@ -130,35 +139,21 @@ def _measure(
         while runs < repeats or time.perf_counter() - start < MIN_TIMING_S:
             runs += 1
             best = [min(b, _time_once(m, waveform)) for b, m in zip(best, models, strict=True)]
-        threads = torch.get_num_threads()
+        used = torch.get_num_threads()
     audio_s = num_samples / SAMPLE_RATE
-    return [RTF(b / audio_s, b, audio_s, threads) for b in best]
+    return [RTF(b / audio_s, b, audio_s, used) for b in best]
 
 
-def _time_once(model: SpeechModel | MaskedNetwork, waveform: Tensor) -> float:
+def _time_once(model: SpeechModel | MaskedNetwork | SpeechEncoder, waveform: Tensor) -> float:
     device = next(model.parameters()).device
     waveform = waveform.to(device)
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
-    encoder = model.encoder if isinstance(model, SpeechModel) else model.w2v_model
+    encoder = model.encoder if isinstance(model, SpeechModel) else model
+    encoder = encoder.w2v_model if isinstance(encoder, MaskedNetwork) else encoder
     encoder(waveform)
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextlib.contextmanager
-def _threads(num_threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -166,9 +161,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         ``params`` (total without and with what training added: encoder, ctc_head, prediction_heads, gates, other),
-        ``macs_per_second`` of the encoder, their ``breakdown`` by part, ``conv_layers`` and ``layers`` shapes,
-        ``checkpoint_bytes``, what kind of model it is, its ``variants`` in words, and ``output``,
-        the prediction heads that stay at inference (None: there are none).
+        ``macs_per_second`` of the encoder, their ``breakdown`` by part, ``conv_layers`` and ``layers`` shapes, outputs of each
+        positional convolution (``pos_conv``), ``checkpoint_bytes``, what kind of model it is, its ``variants`` in words, and
+        ``output``, the prediction heads that stay at inference (None: there are none).
     Raises:
         FileNotFoundError, ValueError: see `s3distill.load`.
     """
@@ -189,6 +184,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "macs_per_second": breakdown(config, full, "macs"),
         },
         "embed_dim": config.embed_dim,
+        "pos_conv": [sum(outputs) for outputs in pos_conv_outputs(config)],
         "extractor_mode": config.extractor_mode,
         "layer_norm_first": config.layer_norm_first,
         "conv_layers": [asdict(layer) for layer in config.conv_layers],

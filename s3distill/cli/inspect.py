@@ -105,6 +105,7 @@ def _shapes(report: dict[str, Any]) -> list[str]:
             f"  conv {i:2}   {conv['channels']:5} channels   kernel {conv['kernel']:2}   stride {conv['stride']}"
             f"{'   separable' if conv['separable'] else ''}"
         )
+    lines.append(f"  pos-conv  {' '.join(map(str, report['pos_conv']))} outputs into {report['embed_dim']} channels")
     lines += [f"  {line}" for line in report["variants"]]
     for i, layer in enumerate(report["layers"]):
         attention = (

@@ -23,6 +23,10 @@ COMMANDS = {
     ),
     "inspect": ("s3distill.cli.inspect", "parameters, MACs, shapes and speed of a checkpoint"),
     "report": ("s3distill.cli.report", "runs or a sweep beside each other: error rate against size and speed"),
+    "latency-table": (
+        "s3distill.cli.latency_table",
+        "time the parts of an encoder here, for model.prune_measure=latency",
+    ),
     "convert": (
         "s3distill.cli.convert",
         "Hugging Face folders and WavLM files to fairseq checkpoints, students to folders",

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from s3distill import compat
+from s3distill.analysis.measure import measure_encoders
 from s3distill.data.audio import read_audio
 from s3distill.data.manifest import read_manifest
 from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.encoder.config import SAMPLE_RATE
+from s3distill.encoder.model import SpeechEncoder
 from s3distill.encoder.speech_model import normalize_waveforms
-from s3distill.gates import GateCounts, count_macs_per_second, count_parameters
+from s3distill.gates import GateCounts, LatencyTable, count_macs_per_second, count_parameters
 from s3distill.pruning.compact import CompactStudent, prune_student
+from s3distill.pruning.width import cut_heads
 
+RTF_REPEATS = 5
 MAX_SECONDS = 10  # of each utterance in the check
 
 
@@ -74,8 +78,13 @@ def _write(path: str, state: dict[str, Any], student: ParsedCheckpoint, compact:
         **student.pretraining_options,
         "_name": "ssl_student",
         "encoder": compact.config.to_json(),
+        "encoder_embed_dim": compact.config.embed_dim,
         "student_path": None,
         "prune_units": [],
+        "prune_measure": "params",
+        "latency_table": None,
+        "latency": None,
+        "reference_cost": 0.0,
         "normalize": student.normalize,
     }
     task = {
@@ -84,7 +93,10 @@ def _write(path: str, state: dict[str, Any], student: ParsedCheckpoint, compact:
         "teacher_path": None,
         "post_save_script": None,
     }
+    if compact.config.embed_dim < student.config.embed_dim and model.get("head_mode") == "predlayer":
+        model["head_hidden_dim"] = model.get("head_hidden_dim") or student.config.embed_dim
     heads = {k: v for k, v in student.extra_state.items() if k.startswith("heads.")}
+    heads = cut_heads(heads, compact.plan.width)
     compat.write_checkpoint(path, {**compact.state, **heads}, model, task)
 
 
@@ -97,8 +109,31 @@ def _report(student: ParsedCheckpoint, compact: CompactStudent, output: str, num
     print(f"MACs/s audio   {macs_before:>14,.0f} -> {macs_after:>14,.0f}  ({1 - macs_after / macs_before:.1%} fewer)")
     full, kept = compact.before.as_dict(), compact.after.as_dict()
     for unit in full:
-        print(f"{unit:<16}" + " ".join(f"{k}/{f}" for k, f in zip(kept[unit], full[unit], strict=True)))
+        pairs = list(zip(kept[unit], full[unit], strict=True))
+        if unit in ("width", "pos_conv"):  # per group; what is read is their number
+            pairs = [(sum(kept[unit]), sum(full[unit]))]
+        print(f"{unit:<16}" + " ".join(f"{k}/{f}" for k, f in pairs))
+    for line in _speed(student, compact):
+        print(line)
     print(
         f"check on {num_utterances} utterances: relative error {compact.equivalence.relative_error:.1e} between gated and pruned student"
     )
     print(f"wrote {output}")
+
+
+def _speed(student: ParsedCheckpoint, compact: CompactStudent) -> list[str]:
+    """Real-time factor by the table that the student was pruned by, and measured here; nothing without a table."""
+    text = student.pretraining_options.get("latency")
+    if str(student.pretraining_options.get("prune_measure")) != "latency" or not text:
+        return []
+    table = LatencyTable.from_json(str(text), "the latency table of the checkpoint")
+    num_threads = int(table.machine["num_threads"])
+    predicted = [float(table(student.config, counts)) for counts in (compact.before, compact.kept)]
+    encoders = [SpeechEncoder(config).eval() for config in (student.config, compact.config)]
+    measured = measure_encoders(encoders, table.audio_s, RTF_REPEATS, num_threads)
+    before, after = (speed.rtf for speed in measured)
+    facts = f"{table.machine['cpu']}, {num_threads} threads"
+    return [
+        f"RTF predicted  {predicted[0]:>14.4f} -> {predicted[1]:>14.4f}  (table of {table.machine.get('device', facts)})",
+        f"RTF measured   {before:>14.4f} -> {after:>14.4f}  (this CPU, {num_threads} threads; {before / after:.2f}x as fast)",
+    ]

@@ -94,6 +94,33 @@ def check_temporal_layers(model: Any, teacher: Teacher, pairs: Sequence[tuple[in
         )
 
 
+def target_of(model: Any, target_sparsity: float, target_rtf: float) -> float:
+    """The target as a sparsity: what was asked for, or what is left of the reference's latency at ``target_rtf``.
+
+    Raises:
+        ValueError: both are given, or a real-time factor where size is not counted by latency.
+    """
+    if target_rtf == 0:
+        return target_sparsity
+    if target_sparsity > 0:
+        raise ValueError(
+            f"`criterion.target_sparsity` and `criterion.target_rtf` both say how small the student is to be, {target_sparsity} and "
+            f"{target_rtf}; leave one at 0"
+        )
+    if model.gates is None or str(model.cfg.prune_measure) != "latency":
+        raise ValueError(
+            "`criterion.target_rtf` needs gates and a latency table; pass model.prune_units, model.prune_measure=latency and "
+            "model.latency_table=table.json"
+        )
+    reference = model.cfg.reference_cost
+    if not 0 < target_rtf <= reference:
+        raise ValueError(
+            f"`criterion.target_rtf` must be above 0 and at most that of the whole encoder, {reference:.4f} by the latency table, but "
+            f"is {target_rtf}"
+        )
+    return 1 - target_rtf / reference
+
+
 def check_gates(model: Any, target_sparsity: float) -> None:
     """The gates can learn, and can reach the target."""
     if model.gates is not None and "conv" in model.gates.units and model.training_config.feature_grad_mult <= 0:

@@ -20,6 +20,7 @@ from s3distill.criterions._distill_checks import (
     check_masks,
     check_shared_extractor,
     check_temporal_layers,
+    target_of,
 )
 from s3distill.criterions._distill_terms import build_terms, parse_layer_weights
 from s3distill.encoder.teacher import Teacher
@@ -97,6 +98,13 @@ class LayerDistillConfig(FairseqDataclass):
         default=0.0,
         metadata={"help": "share of the reference cost (model.prune_measure) to remove; needs model.prune_units"},
     )
+    target_rtf: float = field(
+        default=0.0,
+        metadata={
+            "help": "instead of target_sparsity: real-time factor to reach on the machine of model.latency_table (model.prune_measure="
+            "latency), seconds per second of audio"
+        },
+    )
     sparsity_warmup: int = field(
         default=5000,
         metadata={"help": "updates in which the target rises linearly from 0 (a smaller student: from its own)"},
@@ -138,7 +146,7 @@ class LayerDistill(FairseqCriterion):
             check_temporal_layers(model, teacher, pairs)
             self.terms.temporal.relations(pairs)
         check_shared_extractor(model, teachers)
-        check_gates(model, cfg.target_sparsity)
+        check_gates(model, target_of(model, cfg.target_sparsity, cfg.target_rtf))
 
     def _temporal_pairs(self, model: Any) -> List[Pairs]:
         """Per teacher the layers whose temporal relations are matched."""
@@ -157,8 +165,9 @@ class LayerDistill(FairseqCriterion):
         source, padding_mask = sample["net_input"]["source"], sample["net_input"].get("padding_mask")
         target_sparsity = None
         if model.gates is not None:
-            start = min(model.initial_sparsity, self.cfg.target_sparsity)
-            target_sparsity = target_at(model.num_updates, self.cfg.target_sparsity, self.cfg.sparsity_warmup, start)
+            target = target_of(model, self.cfg.target_sparsity, self.cfg.target_rtf)
+            start = min(model.initial_sparsity, target)
+            target_sparsity = target_at(model.num_updates, target, self.cfg.sparsity_warmup, start)
         masked = self._draw_masks(model, sample) if self.cfg.mask_student else None
         conv_features = model.extract(source, padding_mask) if model.cfg.shares_extractor else None
         temporal_pairs = self._temporal_pairs(model)
@@ -254,6 +263,7 @@ class LayerDistill(FairseqCriterion):
             "penalty": out["penalty"].detach(),
             "expected_sparsity": out["expected_sparsity"].detach(),
             "target_sparsity": float(target_sparsity or 0.0),
+            **({"expected_rtf": self._expected_rtf(model, out)} if str(model.cfg.prune_measure) == "latency" else {}),
             "lambda1": model.lagrangian.lambda1.detach(),
             "lambda2": model.lagrangian.lambda2.detach(),
         }
@@ -264,6 +274,10 @@ class LayerDistill(FairseqCriterion):
             for layer, count in enumerate(counts)
         }
         return {f"size_{name}": value * num_frames for name, value in values.items()}
+
+    @staticmethod
+    def _expected_rtf(model: Any, out: Any) -> Tensor:
+        return (1 - out["expected_sparsity"].detach()) * model.cfg.reference_cost
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: Any) -> None:

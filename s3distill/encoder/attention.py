@@ -21,10 +21,12 @@ class SelfAttention(nn.Module):
         position_heads: which heads of the unpruned model these are, where the encoder has a position bias (WavLM), else
             None; then also ``grep_linear`` and ``grep_a``, see `position_gate`.
         num_position_heads: how many heads the unpruned model has.
+        position_channels, position_slice: of a stream that was cut, see `EncoderConfig`.
         reuses_map: the layer applies an attention map that another one computed, and has no ``q_proj`` and ``k_proj``.
     """
 
     position_indices: Tensor | None
+    position_sources: Tensor | None
 
     def __init__(
         self,
@@ -34,6 +36,8 @@ class SelfAttention(nn.Module):
         dropout: float = 0.0,
         position_heads: tuple[int, ...] | None = None,
         num_position_heads: int = 0,
+        position_channels: tuple[int, ...] | None = None,
+        position_slice: int = 0,
         reuses_map: bool = False,
     ) -> None:
         super().__init__()
@@ -48,13 +52,19 @@ class SelfAttention(nn.Module):
         self.num_position_heads = num_position_heads
         self.grep_linear: nn.Linear | None = None
         if position_heads is not None and not reuses_map:
-            self.grep_linear = bert_linear(embed_dim // num_position_heads, 8)
+            self.grep_linear = bert_linear(position_slice or embed_dim // num_position_heads, 8)
             self.grep_a = nn.Parameter(torch.ones(1, num_heads, 1, 1))
         cut = position_heads is not None and position_heads != tuple(range(num_position_heads))
         # no part of the checkpoint: the config says it
         self.register_buffer(
             "position_indices", torch.tensor(position_heads, dtype=torch.long) if cut else None, persistent=False
         )
+        sources = None
+        if position_channels is not None and position_heads is not None:
+            # of each channel of the unpruned stream, where it is now; behind the last where it was cut
+            sources = torch.full((num_position_heads * position_slice,), embed_dim)
+            sources[torch.tensor(position_channels)] = torch.arange(embed_dim)
+        self.register_buffer("position_sources", sources, persistent=False)
 
     def forward(
         self,
@@ -121,6 +131,8 @@ class SelfAttention(nn.Module):
     def _add_position_bias(self, x: Tensor, bias: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The gated bias of this layer's heads as an additive mask, [B, H, T, T]."""
         assert self.grep_linear is not None
+        if self.position_sources is not None:  # [B, T, C] -> [B, T, C_unpruned], 0 where the channel was cut
+            x = F.pad(x, (0, 1)).index_select(-1, self.position_sources)
         slices = x.unflatten(-1, (self.num_position_heads, -1))  # [B, T, C] -> [B, T, H_unpruned, C/H_unpruned]
         if self.position_indices is not None:
             slices, bias = slices.index_select(2, self.position_indices), bias.index_select(0, self.position_indices)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from s3distill.encoder.pos_shape import PosConvShape, check_pos_conv
 from s3distill.encoder.variants import check_variants
 from s3distill.heads.layer_heads import HeadsConfig
 
@@ -77,6 +78,9 @@ class EncoderConfig:
         position_buckets, position_max_distance, position_heads: WavLM's relative position bias, which all layers share:
             buckets of distances (0 = no bias), the distance in frames from which all share the last bucket, and the
             columns, one per head of the unpruned model.
+        pos_conv_shape: what pruning left of the positional convolution; None = all groups are equal and of the whole stream.
+        position_channels, position_slice: which channels of the unpruned stream these are, ascending, and how many of them each
+            head of the unpruned model has, where the stream of an encoder with a position bias was cut; None and 0 = all.
         time_reduction: frames that a Conv1d of this kernel and stride makes one of, in front of layer 0 (FitHuBERT); T frames
             become floor(T / r). 1 = none.
         shared: what layers have in common (ALBERT): ``none``, ``attention``, ``ffn`` (each without its LayerNorm) or ``all``.
@@ -104,6 +108,9 @@ class EncoderConfig:
     position_buckets: int = 0
     position_max_distance: int = 800
     position_heads: int = 0
+    pos_conv_shape: PosConvShape | None = None
+    position_channels: tuple[int, ...] | None = None
+    position_slice: int = 0
     time_reduction: int = 1
     shared: str = "none"
     shared_group: int = 0
@@ -125,10 +132,7 @@ class EncoderConfig:
             f"`activation` must be one of {', '.join(ACTIVATIONS)}, but is {self.activation!r}",
         )
         _require(self.embed_dim > 0, f"`embed_dim` must be positive, but is {self.embed_dim}")
-        _require(
-            self.embed_dim % self.pos_conv_groups == 0,
-            f"`embed_dim` ({self.embed_dim}) must be a multiple of `pos_conv_groups` ({self.pos_conv_groups})",
-        )
+        check_pos_conv(self)
         _require(
             self.project_features or self.conv_layers[-1].channels == self.embed_dim,
             f"without `project_features` the last conv layer's channels ({self.conv_layers[-1].channels}) must equal "
@@ -152,9 +156,9 @@ class EncoderConfig:
         if self.position_buckets == 0:
             biased = [i for i, layer in enumerate(self.layers) if layer.position_heads is not None]
             _require(
-                self.position_heads == 0 and not biased,
+                self.position_heads == 0 and not biased and self.position_channels is None and self.position_slice == 0,
                 f"without `position_buckets` there is no position bias, so `position_heads` must be left out, but is "
-                f"{self.position_heads} and set in layers {biased}",
+                f"{self.position_heads} and set in layers {biased}; so must `position_channels` and `position_slice`",
             )
         else:
             self._check_position_bias()
@@ -167,8 +171,10 @@ class EncoderConfig:
             f"`position_buckets` must be 0 or at least 4, and `position_max_distance` more than a quarter of it, but they are "
             f"{self.position_buckets} and {self.position_max_distance}",
         )
+        self._check_position_channels()
         _require(
-            self.position_heads > 0 and self.embed_dim % self.position_heads == 0,
+            self.position_heads > 0
+            and (self.position_channels is not None or self.embed_dim % self.position_heads == 0),
             f"`embed_dim` ({self.embed_dim}) must be a multiple of `position_heads`, the heads of the unpruned model, but that is "
             f"{self.position_heads}",
         )
@@ -181,6 +187,28 @@ class EncoderConfig:
                 f"`position_heads` of layer {i} must name a different column of the position bias, 0 to {self.position_heads - 1}, "
                 f"for each of its {layer.num_heads} heads, but is {heads}",
             )
+
+    def _check_position_channels(self) -> None:
+        channels = self.position_channels
+        if channels is None:
+            _require(
+                self.position_slice == 0,
+                f"`position_slice` goes with `position_channels` of a cut stream and must be 0 without, but is {self.position_slice}",
+            )
+            return
+        width = self.position_slice * self.position_heads
+        _require(
+            len(channels) == self.embed_dim
+            and list(channels) == sorted(set(channels))
+            and 0 <= channels[0] <= channels[-1] < width,
+            f"`position_channels` must name a different channel of the unpruned stream, 0 to {width - 1}, for each of the "
+            f"{self.embed_dim} that are left, ascending, but is {channels}",
+        )
+
+    @property
+    def position_slice_width(self) -> int:
+        """Channels of the unpruned stream that each head's gate of the position bias reads."""
+        return self.position_slice or self.embed_dim // self.position_heads
 
     @property
     def num_layers(self) -> int:
@@ -243,6 +271,10 @@ class EncoderConfig:
         fields = dict(values)
         fields["conv_layers"] = tuple(ConvLayerConfig(**c) for c in fields["conv_layers"])
         fields["layers"] = tuple(_layer_from_dict(layer) for layer in fields["layers"])
+        if fields.get("pos_conv_shape") is not None:
+            fields["pos_conv_shape"] = PosConvShape.from_dict(fields["pos_conv_shape"])
+        if fields.get("position_channels") is not None:
+            fields["position_channels"] = tuple(fields["position_channels"])
         if fields.get("output") is not None:
             fields["output"] = HeadsConfig.from_dict(fields["output"])
         return cls(**fields)

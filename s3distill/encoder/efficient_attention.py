@@ -23,7 +23,8 @@ def build_attention(config: EncoderConfig, layer: LayerConfig, dropout: float) -
         return WindowedAttention(*shape, window=config.attention_window, num_global=config.attention_global)
     if config.attention == "linformer":
         return LinformerAttention(*shape, dim=config.linformer_dim, max_frames=config.linformer_max_frames)
-    return SelfAttention(*shape, layer.position_heads, config.position_heads, layer.reuses_attention)
+    bias = (layer.position_heads, config.position_heads, config.position_channels, config.position_slice)
+    return SelfAttention(*shape, *bias, layer.reuses_attention)
 
 
 def num_pairs(num_frames: int, window: int, num_global: int) -> int:

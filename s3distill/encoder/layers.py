@@ -45,15 +45,29 @@ class LayerNorm(nn.LayerNorm):
         """Normalises ``x`` [..., C]; ``gate`` [C] weights the statistics. Returns [..., C] in the type of ``x``."""
         if gate is None:
             return kernels.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        weight = (gate if self.training else (gate > 0)).to(torch.float32)
-        values = x.float()
-        share = weight / weight.sum().clamp_min(1e-6)
-        with kernels.without_autocast(x.device):
-            mean = values @ share
-            centred = values - mean.unsqueeze(-1)
-            variance = centred.square() @ share
-        normed = centred * torch.rsqrt(variance + self.eps).unsqueeze(-1)
+        normed = normalize_open(x, open_share(gate, self.training), self.eps)
         return (normed * self.weight.float() + self.bias.float()).to(x.dtype)
+
+
+def open_share(gate: Tensor, training: bool) -> Tensor:
+    """How far each channel counts where a gate's value cannot be folded into weights: z in training, [z > 0] in evaluation."""
+    return (gate if training else (gate > 0)).to(torch.float32)
+
+
+def normalize_open(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(var + eps) with the weighted statistics of `LayerNorm`; x [..., C], weight [C] -> [..., C] float32."""
+    values = x.float()
+    share = weight / weight.sum().clamp_min(1e-6)
+    with kernels.without_autocast(x.device):
+        mean = values @ share
+        centred = values - mean.unsqueeze(-1)
+        variance = centred.square() @ share
+    return centred * torch.rsqrt(variance + eps).unsqueeze(-1)
+
+
+def gated_norm(norm: LayerNorm, x: Tensor, gate: Tensor | None) -> Tensor:
+    """A LayerNorm over gated channels with the gate [C] behind it, which surgery folds into its affine part: z * LN_z(x)."""
+    return norm(x) if gate is None else norm(x, gate) * gate.to(x.dtype)  # type: ignore[no-any-return]
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from s3distill.encoder.attention import bert_linear
 from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
 from s3distill.encoder.conv import ConvExtractor
-from s3distill.encoder.layers import LayerNorm, scale_gradient
+from s3distill.encoder.layers import LayerNorm, gated_norm, scale_gradient
 from s3distill.encoder.masking import draw_frame_mask, mask_channels, mask_frames, replace_frames
 from s3distill.encoder.transformer import Transformer
 from s3distill.gates.values import GateValues
@@ -104,7 +104,10 @@ class SpeechEncoder(nn.Module):
         """
         lengths = _valid_lengths(source, padding_mask)
         self._check_lengths(source, lengths)
+        width_gate = gates.width if gates is not None else None
         conv_gates = gates.conv if gates is not None else None
+        if conv_gates is not None and width_gate is not None and self.post_extract_proj is None:
+            conv_gates = (*conv_gates[:-1], width_gate)  # the last conv layer's channels are the stream's
         if conv_features is None:
             features = self.layer_norm(*self._extract(source, lengths, conv_gates))
         else:
@@ -118,13 +121,17 @@ class SpeechEncoder(nn.Module):
             frame_mask = torch.arange(features.shape[1], device=source.device) >= num_frames[:, None]
 
         x = features if self.post_extract_proj is None else self.post_extract_proj(features)
+        mask_emb: Tensor = self.mask_emb
+        if width_gate is not None:
+            mask_emb = mask_emb * width_gate.to(mask_emb.dtype)
+            x = x if self.post_extract_proj is None else x * width_gate.to(x.dtype)
         x = F.dropout(x, self.training_config.dropout_input, self.training)
         if masked is not None:
-            x = replace_frames(x, self.mask_emb, masked)
+            x = replace_frames(x, mask_emb, masked)
         elif mask:
             if self.masking.mask_channel_before:
                 x = mask_channels(x, self.masking)
-            x, masked = mask_frames(x, self.mask_emb, frame_mask, self.masking)
+            x, masked = mask_frames(x, mask_emb, frame_mask, self.masking)
             if not self.masking.mask_channel_before:
                 x = mask_channels(x, self.masking)
         hidden_states, ffn_outputs = self.encoder(x, frame_mask, gates, num_layers)
@@ -133,7 +140,7 @@ class SpeechEncoder(nn.Module):
             if self.output_heads is not None:
                 x = self.output_heads(hidden_states)
             elif self.config.layer_norm_first:
-                x = self.encoder.layer_norm(x)
+                x = gated_norm(self.encoder.layer_norm, x, width_gate)
         padding_mask = self.encoder.reduce_mask(frame_mask)
         return EncoderOutput(x, hidden_states, ffn_outputs, features, padding_mask, masked)
 

@@ -145,7 +145,7 @@ def stock_options(config: EncoderConfig, family: str, normalize: bool) -> dict[s
 
 def _uniform_options(config: EncoderConfig) -> dict[str, Any] | None:
     """fairseq's options for this shape, which may say less than the config does; None where layers differ."""
-    if not config.layers or len(set(config.layers)) > 1:
+    if not config.layers or len(set(config.layers)) > 1 or config.embed_dim % config.pos_conv_groups != 0:
         return None
     layer = config.layers[0]
     num_heads = max(1, layer.num_heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ from s3distill import kernels
 from s3distill.encoder.attention import SelfAttention, attention_mask_from_padding, bert_linear
 from s3distill.encoder.config import EncoderConfig, LayerConfig, TrainingConfig
 from s3distill.encoder.efficient_attention import build_attention
-from s3distill.encoder.layers import LayerNorm, activation_function
+from s3distill.encoder.layers import LayerNorm, activation_function, gated_norm, normalize_open, open_share
+from s3distill.encoder.pos_shape import pos_conv_outputs, stream_groups, written_channels
 from s3distill.encoder.position_bias import RelativePositionBias
+from s3distill.encoder.ragged_conv import RaggedConv
 from s3distill.encoder.variants import PARTS, keeps_map, owner
 from s3distill.gates.values import GateValues
 
@@ -57,32 +60,62 @@ class PositionalConv(nn.ModuleList):
 
     Depth 1 is wav2vec 2.0's; a stack of ``depth`` plain convs with kernel max(3, K // depth) is data2vec's
     (Baevski et al., 2022, section 4.2). Padded frames are zeroed in front of every conv, so that padding cannot leak
-    into valid frames through the stack (fairseq zeroes only in front of the first).
+    into valid frames through the stack (fairseq zeroes only in front of the first). A pruned one may read fewer channels than
+    there were, write to some of the stream's only (``written``), and have groups of different sizes, see `RaggedConv`.
     """
+
+    written: Tensor | None
 
     def __init__(self, config: EncoderConfig) -> None:
         channels, groups, depth = config.embed_dim, config.pos_conv_groups, config.pos_conv_depth
-        self.depth = depth
-        if depth == 1:
-            super().__init__([WeightNormConv(channels, config.pos_conv_kernel, groups)])
-            return
-        kernel = max(3, config.pos_conv_kernel // depth)
-        super().__init__(
-            nn.Sequential(nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=groups))
-            for _ in range(depth)
-        )
+        kernel = config.pos_conv_kernel if depth == 1 else max(3, config.pos_conv_kernel // depth)
+        if config.pos_conv_shape is not None:
+            sizes = (stream_groups(config), *pos_conv_outputs(config)) if config.pos_conv_shape.written else ()
+            convs: list[nn.Module] = [RaggedConv(i, o, kernel, depth == 1) for i, o in itertools.pairwise(sizes)]
+        elif depth == 1:
+            convs = [WeightNormConv(channels, kernel, groups)]
+        else:
+            convs = [nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)]
+        super().__init__(convs if depth == 1 else (nn.Sequential(conv) for conv in convs))
+        self.depth, self.channels = depth, channels
+        written = written_channels(config)
+        # no part of the checkpoint: the config says it
+        index = torch.tensor(written) if len(written) < channels else None
+        self.register_buffer("written", index, persistent=False)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """[B, T, C] (padded frames already zero) -> [B, T, C]"""
+    def forward(self, x: Tensor, padding_mask: Tensor | None, gates: Sequence[Tensor | None] | None = None) -> Tensor:
+        """[B, T, C] (padded frames already zero) -> [B, T, C]
+
+        ``gates``: per conv [outputs] or None. They stand in front of the GELU of a single conv; in a stack they weight the
+        statistics of each LayerNorm and stand behind its GELU.
+        """
+        if len(self) == 0:  # all of it was pruned
+            return torch.zeros_like(x)
+        frames = x.shape[1]
         x = x.transpose(1, 2)  # [B, C, T]
+        gates = (None,) * len(self) if gates is None else gates
         if self.depth == 1:
-            return F.gelu(self[0](x)).transpose(1, 2)
-        for i, block in enumerate(self):
+            x = self[0](x)
+            x = F.gelu(x if gates[0] is None else x * gates[0].to(x.dtype)[:, None])
+            return self._write(x.transpose(1, 2))
+        for i, (block, gate) in enumerate(zip(self, gates, strict=True)):
             if i > 0 and padding_mask is not None:
                 x = x.masked_fill(padding_mask[:, None, :], 0)
-            x = _same_length(block(x), block[0].kernel_size[0])  # type: ignore[index]
-            x = F.gelu(F.layer_norm(x.transpose(1, 2), (x.shape[1],))).transpose(1, 2)
-        return x.transpose(1, 2)
+            x = block(x)[:, :, :frames].transpose(1, 2)  # an even kernel makes one frame too many
+            if gate is None:
+                x = F.gelu(F.layer_norm(x, (x.shape[2],)))
+            else:
+                # nothing behind the last GELU could take the gate up when closed channels are cut
+                output = open_share(gate, self.training) if i == self.depth - 1 else gate
+                x = F.gelu(normalize_open(x, open_share(gate, self.training))) * output.to(x.dtype)
+            x = x.transpose(1, 2)
+        return self._write(x.transpose(1, 2))
+
+    def _write(self, x: Tensor) -> Tensor:
+        """[B, T, outputs] -> [B, T, C], 0 where nothing is written."""
+        if self.written is None:
+            return x
+        return x.new_zeros(*x.shape[:2], self.channels).index_copy(2, self.written, x)
 
 
 class TransformerLayer(nn.Module):
@@ -131,48 +164,60 @@ class TransformerLayer(nn.Module):
         position_bias: Tensor | None = None,
         attention_map: Tensor | None = None,
         lender: TransformerLayer | None = None,
+        width_gate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C] -> (x [B, T, C], output of the FFN before the residual [B, T, C]).
 
         Gates: ``head_gate`` [H], ``ffn_gate`` [F], ``attention_gate`` and ``ffn_layer_gate`` [] (whole sub-layers, bias included).
         ``position_bias`` is the encoder's, [H_unpruned, T, T]; ``attention_map`` [B, H, T, T], if any, is applied in place of the
-        layer's own; ``lender`` is the layer whose parameters stand in for those that are not ``owned``.
+        layer's own; ``lender`` is the layer whose parameters stand in for those that are not ``owned``. ``width_gate`` [C] stands
+        at what is written into the stream and behind every norm over it, see `pruning.width`.
         """
         attention, ffn, norms = (self if part in self.owned else lender for part in PARTS)
         assert attention is not None and ffn is not None and norms is not None
         residual = x
         if attention.self_attn is not None:
             assert norms.self_attn_layer_norm is not None
-            inner = norms.self_attn_layer_norm(x) if self.layer_norm_first else x
+            inner = gated_norm(norms.self_attn_layer_norm, x, width_gate) if self.layer_norm_first else x
             inner = attention.self_attn(inner, attention_mask, head_gate, position_bias, attention_map)
             if attention_gate is not None:
                 inner = inner * attention_gate.to(inner.dtype)
+            if width_gate is not None:
+                inner = inner * width_gate.to(inner.dtype)
             x = residual + F.dropout(inner, self.dropout, self.training)
         if not self.layer_norm_first:
             assert norms.self_attn_layer_norm is not None
-            x = norms.self_attn_layer_norm(x)
+            x = gated_norm(norms.self_attn_layer_norm, x, width_gate)
 
         residual = x
         ffn_output = torch.zeros_like(x) if ffn.fc1 is None else x
         if ffn.fc1 is not None:
             assert ffn.fc2 is not None and norms.final_layer_norm is not None
-            inner = norms.final_layer_norm(x) if self.layer_norm_first else x
+            inner = gated_norm(norms.final_layer_norm, x, width_gate) if self.layer_norm_first else x
             inner = self.activation(ffn.fc1(inner))
             if ffn_gate is not None:
                 inner = inner * ffn_gate.to(inner.dtype)
             ffn_output = ffn.fc2(F.dropout(inner, self.activation_dropout, self.training))
             if ffn_layer_gate is not None:
                 ffn_output = ffn_output * ffn_layer_gate.to(ffn_output.dtype)
+            if width_gate is not None:
+                ffn_output = ffn_output * width_gate.to(ffn_output.dtype)
             x = residual + F.dropout(ffn_output, self.dropout, self.training)
         if not self.layer_norm_first:
             assert norms.final_layer_norm is not None
-            x = norms.final_layer_norm(x)
+            x = gated_norm(norms.final_layer_norm, x, width_gate)
         return x, ffn_output
 
-    def attention_map(self, x: Tensor, attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor:
+    def attention_map(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_bias: Tensor | None,
+        width_gate: Tensor | None = None,
+    ) -> Tensor:
         """The attention map of this layer for its input ``x`` [B, T, C], [B, H, T, T]; arguments as in `forward`."""
         assert self.self_attn is not None and self.self_attn_layer_norm is not None
-        inner = self.self_attn_layer_norm(x) if self.layer_norm_first else x
+        inner = gated_norm(self.self_attn_layer_norm, x, width_gate) if self.layer_norm_first else x
         return self.self_attn.attention_map(inner, attention_mask, position_bias)
 
 
@@ -231,12 +276,15 @@ class Transformer(nn.Module):
             x = x.float()  # the residual stream, which every layer adds to: only what is added is rounded
         if padding_mask is not None:
             x = x.masked_fill(padding_mask[:, :, None], 0)
-        x = x + self.pos_conv(x, padding_mask)
+        width_gate = gates.width if gates is not None else None
+        x = x + self.pos_conv(x, padding_mask, gates.positional(self.pos_conv.written) if gates is not None else None)
         if not self.layer_norm_first:
-            x = self.layer_norm(x)
+            x = gated_norm(self.layer_norm, x, width_gate)
         x = F.dropout(x, self.dropout, self.training)
         if self.time_reduction is not None:
             x = self.time_reduction(x.transpose(1, 2)).transpose(1, 2)  # [B, T, C] -> [B, C, T] -> [B, T // r, C]
+            if width_gate is not None:
+                x = x * width_gate.to(x.dtype)
         attention_mask = attention_mask_from_padding(self.reduce_mask(padding_mask))
         position_bias = None if self.relative_attention_bias is None else self.relative_attention_bias(x.shape[1])
         attention_map: Tensor | None = None
@@ -244,7 +292,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers[:num_layers]):
             if self.keeps_map[i]:
                 assert isinstance(layer, TransformerLayer)
-                attention_map = self._run(layer.attention_map, x, attention_mask, position_bias)
+                attention_map = self._run(layer.attention_map, x, attention_mask, position_bias, width_gate)
             # torch's generator is seeded per update by the trainer, so a resumed run drops the same layers
             if self.training and self.layerdrop > 0 and torch.rand(()).item() < self.layerdrop:
                 hidden_states.append(x)
@@ -252,8 +300,10 @@ class Transformer(nn.Module):
                 continue
             applied = attention_map if self.keeps_map[i] or self.reuses_map[i] else None
             layer_gates = gates.layer(i) if gates is not None else (None,) * 4
-            inputs = (x, attention_mask, *layer_gates, position_bias, applied, self.layers[self.lenders[i]])
-            x, ffn_output = self._run(layer, *inputs)
+            lender = self.layers[self.lenders[i]]
+            x, ffn_output = self._run(
+                layer, x, attention_mask, *layer_gates, position_bias, applied, lender, width_gate
+            )
             hidden_states.append(x)
             ffn_outputs.append(ffn_output)
         return hidden_states, ffn_outputs

@@ -15,6 +15,7 @@ from s3distill.gates.counts import UNITS, GateCounts
 from s3distill.gates.gate_set import GateSet
 from s3distill.gates.hard_concrete import HardConcrete
 from s3distill.gates.lagrangian import Lagrangian, target_at
+from s3distill.gates.latency import LatencyTable
 from s3distill.gates.values import GateValues
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "GateValues",
     "HardConcrete",
     "Lagrangian",
+    "LatencyTable",
     "breakdown",
     "check_target",
     "count_cost",

@@ -6,16 +6,24 @@ whole numbers.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from torch import Tensor
 
 from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig
+from s3distill.encoder.pos_shape import pos_conv_outputs, stream_groups
 from s3distill.encoder.variants import owner
-from s3distill.gates.counts import UNITS, Count, GateCounts, check_units, prunable_sizes, structure_sizes
+from s3distill.gates.counts import MIN_OPEN, UNITS, Count, GateCounts, check_units, prunable_sizes, structure_sizes
 from s3distill.gates.output_cost import output_macs, output_parameters
 from s3distill.gates.variant_cost import attention_macs, attention_parameters, conv_cost
 
 MEASURES = ("params", "macs")
+
+Measure: TypeAlias = str | Callable[[EncoderConfig, GateCounts], Count]
+"""What size counts: one of `MEASURES`, or a function of its own, such as a `LatencyTable`."""
 
 UTTERANCE_S = 10.0  # seconds; attention's MACs per second of audio grow with the length of the utterance
 
@@ -41,10 +49,14 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
     attention p_a (h + 8 (d / H + 1)) for the gate of the bias. A time reduction by r adds r d^2 + d. What layers share is
     counted once, with its owner. Separable convolutions and other kinds of attention: see `variant_cost`.
 
-    Products of expectations are the expectations of the products, since gates are independent of each other. A post-LN
+    With i_g inputs and o_g outputs of group g and the K positions of its kernel, each positional conv has sum_g (i_g K + 1) o_g,
+    and K more for weight_g where it is weight-normed.
+
+    Products of expectations are the expectations of the products, since gates are independent of each other; only in the
+    positional conv, whose inputs and outputs are both channels of the stream, it leaves the variance of their number out. A post-LN
     layer keeps both LayerNorms (4 d) without its sub-layers, in a pre-LN layer each goes with its sub-layer.
     """
-    dim = config.embed_dim
+    dim = stream_width(config, counts)
     conv: Count = 0
     norms: Count = 2 * dim + 2 * counts.conv[-1]  # encoder.layer_norm and layer_norm
     channels_in: Count = 1
@@ -58,20 +70,20 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
     for i in range(config.num_layers):
         has_attention, has_ffn = counts.attention_layers[i], counts.ffn_layers[i]
         if owner(config, "attention", i) == i:
-            for term in attention_parameters(config, i, counts.heads[i]):
+            for term in attention_parameters(config, i, counts.heads[i], dim):
                 attention = attention + has_attention * term
         if owner(config, "ffn", i) == i:
             ffn = ffn + has_ffn * ((dim + 1) * counts.ffn[i] + (counts.ffn[i] + 1) * dim)
         if owner(config, "norms", i) == i:
             norms = norms + (2 * dim * (has_attention + has_ffn) if config.layer_norm_first else 4 * dim)
     kept_heads = {} if config.output is None else {"output_heads": output_parameters(config.output)}
-    depth, kernel = config.pos_conv_depth, pos_conv_kernel(config)
-    pos_conv = depth * (dim * (dim // config.pos_conv_groups) * kernel + dim)
+    kernel, (pairs, outputs) = pos_conv_kernel(config), pos_conv_sizes(config, counts)
+    has_scale = config.pos_conv_depth == 1 and (isinstance(outputs, Tensor) or outputs > 0)
     return {
         "conv": conv,
         "projection": (channels_in + 1) * dim if config.project_features else 0,
         "mask_emb": dim,
-        "pos_conv": pos_conv + (kernel if depth == 1 else 0),  # weight_g [1, 1, K] of the weight norm
+        "pos_conv": pairs * kernel + outputs + (kernel if has_scale else 0),  # weight_g [1, 1, K] of the weight norm
         "time_reduction": config.time_reduction * dim * dim + dim if config.time_reduction > 1 else 0,
         "position_bias": config.position_buckets * config.position_heads,
         "attention": attention,
@@ -94,7 +106,7 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
     """Multiply-accumulates of one utterance, by part.
 
     With T_i frames behind conv layer i and T = T_last: conv sum_i c_{i-1} c_i k_i T_i, projection c_last d T,
-    positional conv depth * d (d / groups) k T, attention p_a (4 d h e T + 2 h e T^2) and, for the gate of WavLM's position
+    each positional conv sum_g i_g o_g K T, attention p_a (4 d h e T + 2 h e T^2) and, for the gate of WavLM's position
     bias, p_a 8 h (d / H) T, FFN p_f 2 d f T. Norms, biases, activations and gates, which are linear in the width, and
     the position bias, which is looked up and added to the scores, are not counted. The positional conv with an even kernel makes
     one frame more than it keeps. A time reduction takes d^2 T MACs and leaves T / r frames to the layers behind it; each
@@ -111,7 +123,7 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
             f"`utterance_s` must be at least one frame ({config.receptive_field / SAMPLE_RATE:g} s), but is "
             f"{utterance_s}; {UTTERANCE_S:g} is the default"
         )
-    dim = config.embed_dim
+    dim = stream_width(config, counts)
     conv: Count = 0
     channels_in: Count = 1
     for shape, channels in zip(config.conv_layers, counts.conv, strict=True):
@@ -122,13 +134,13 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
     parts: dict[str, Count] = {
         "conv": conv,
         "projection": channels_in * (dim * frames) if config.project_features else 0,
-        "pos_conv": config.pos_conv_depth * dim * (dim // config.pos_conv_groups) * kernel * (frames + 1 - kernel % 2),
+        "pos_conv": pos_conv_sizes(config, counts)[0] * (kernel * (frames + 1 - kernel % 2)),
     }
     frames = frames // config.time_reduction
     parts["time_reduction"] = config.time_reduction * dim * dim * frames if config.time_reduction > 1 else 0
     parts["attention"] = parts["ffn"] = 0
     for i in range(config.num_layers):
-        for structures, macs in attention_macs(config, i, counts.heads[i], frames):
+        for structures, macs in attention_macs(config, i, counts.heads[i], frames, dim):
             parts["attention"] = parts["attention"] + counts.attention_layers[i] * structures * macs
         parts["ffn"] = parts["ffn"] + counts.ffn_layers[i] * counts.ffn[i] * (2 * dim * frames)
     if config.output is not None:
@@ -153,10 +165,15 @@ def breakdown(config: EncoderConfig, counts: GateCounts, measure: str = "params"
     return {name: float(part) / per for name, part in parts.items()}
 
 
-def count_cost(config: EncoderConfig, counts: GateCounts | None, measure: str) -> Count:
-    """`count_parameters` or `count_macs_per_second`, by the names of `MEASURES`; ``counts`` None = nothing pruned."""
-    check_measure(measure)
+def count_cost(config: EncoderConfig, counts: GateCounts | None, measure: Measure) -> Count:
+    """`count_parameters` or `count_macs_per_second`, by the names of `MEASURES`, or what ``measure`` itself gives.
+
+    ``counts`` None = nothing pruned.
+    """
     counts = GateCounts.full(config) if counts is None else counts
+    if not isinstance(measure, str):
+        return measure(config, counts)
+    check_measure(measure)
     return count_parameters(config, counts) if measure == "params" else count_macs_per_second(config, counts)
 
 
@@ -164,6 +181,27 @@ def pos_conv_kernel(config: EncoderConfig) -> int:
     """Kernel of each positional conv: K, or max(3, K // depth) in data2vec's stack."""
     depth = config.pos_conv_depth
     return config.pos_conv_kernel if depth == 1 else max(3, config.pos_conv_kernel // depth)
+
+
+def stream_width(config: EncoderConfig, counts: GateCounts) -> Count:
+    """Open channels of the residual stream."""
+    return sum(counts.width[1:], counts.width[0]) if counts.width else config.embed_dim
+
+
+def pos_conv_sizes(config: EncoderConfig, counts: GateCounts) -> tuple[Count, Count]:
+    """Pairs of an input and an output that a positional conv connects, and outputs, both over all groups and convs."""
+    groups = config.pos_conv_groups
+    inputs = counts.width or stream_groups(config)
+    outputs = counts.pos_conv or tuple(size for conv in pos_conv_outputs(config) for size in conv)
+    convs = [inputs, *(outputs[i : i + groups] for i in range(0, len(outputs), groups))]
+    pairs: Count = 0
+    for incoming, outgoing in itertools.pairwise(convs):
+        for i, o in zip(incoming, outgoing, strict=True):
+            pairs = pairs + i * o
+    total: Count = 0
+    for count in outputs:
+        total = total + count
+    return pairs, total
 
 
 def _total(parts: dict[str, Count]) -> Count:
@@ -174,13 +212,13 @@ def _total(parts: dict[str, Count]) -> Count:
 
 
 def sparsity(
-    config: EncoderConfig, counts: GateCounts, measure: str = "params", reference: float | None = None
+    config: EncoderConfig, counts: GateCounts, measure: Measure = "params", reference: float | None = None
 ) -> Count:
     """Fraction removed, s = 1 - cost(counts) / reference.
 
     Args:
         config: shape of the student before pruning.
-        measure: ``params`` or ``macs``.
+        measure: ``params``, ``macs``, or a function.
         reference: cost that counts as 0 sparsity, None = that of ``config``. Give the teacher's for a smaller student.
     Returns:
         float for whole counts, else [] float64, differentiable.
@@ -190,15 +228,19 @@ def sparsity(
 
 
 def minimum_counts(config: EncoderConfig, units: Sequence[str]) -> GateCounts:
-    """What stays if every gate of ``units`` closes: one channel per gated conv layer, nothing of the others."""
+    """What stays if every gate of ``units`` closes: `MIN_OPEN` of each vector of gates."""
     check_units(units)
     counts = structure_sizes(config)
     for unit in units:
-        floor = 1 if unit == "conv" else 0
         counts[unit] = tuple(
-            floor if gated else size for size, gated in zip(counts[unit], prunable_sizes(config)[unit], strict=True)
+            MIN_OPEN[unit] if gated else size
+            for size, gated in zip(counts[unit], prunable_sizes(config)[unit], strict=True)
         )
-    return GateCounts(*(counts[unit] for unit in UNITS))
+    # the last positional conv writes to open channels of the stream only
+    groups = config.pos_conv_groups
+    last = tuple(map(min, counts["pos_conv"][-groups:], counts["width"]))
+    counts["pos_conv"] = (*counts["pos_conv"][:-groups], *last)
+    return GateCounts(*(counts[unit] for unit in UNITS)).tied(config)
 
 
 def minimum_parameters(config: EncoderConfig, units: Sequence[str]) -> int:
@@ -210,7 +252,7 @@ def check_target(
     config: EncoderConfig,
     units: Sequence[str],
     target: float,
-    measure: str = "params",
+    measure: Measure = "params",
     reference: float | None = None,
 ) -> None:
     """Refuses a target sparsity that no setting of the gates reaches.

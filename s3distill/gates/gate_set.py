@@ -8,15 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from s3distill.encoder.config import EncoderConfig
+from s3distill.encoder.pos_shape import pos_conv_outputs
 from s3distill.encoder.variants import gate_owners
-from s3distill.gates.counts import UNITS, Count, GateCounts, check_units, prunable_sizes, structure_sizes
+from s3distill.gates.counts import (
+    MIN_OPEN,
+    UNITS,
+    Count,
+    GateCounts,
+    check_units,
+    prunable_sizes,
+    stream_counts,
+    structure_sizes,
+)
 from s3distill.gates.hard_concrete import HardConcrete, deterministic_gates, draw_noise, num_open
 from s3distill.gates.values import GateValues
 
 __all__ = ["MIN_OPEN", "UNITS", "GateSet"]
-
-MIN_OPEN = {"conv": 1, "head": 0, "ffn": 0, "attention_layer": 0, "ffn_layer": 0}
-"""A conv layer always keeps one channel: without any, no signal would reach the layers behind it."""
 
 _POOLED = ("attention_layer", "ffn_layer")
 """Units with one gate per layer: their expected number is rounded over all layers, since each on its own would round to open."""
@@ -29,11 +36,15 @@ _VALUES_FIELD = {
     "ffn_layer": "ffn_layers",
 }
 
+_STREAM = ("width", "pos_conv")
+"""Units with one vector of gates per group of a convolution, so that each group is rounded on its own, as it is cut."""
+
 
 class GateSet(nn.Module):
     """Hard Concrete gates of a student, under the keys ``<unit>.<layer>.log_alpha``.
 
-    Structures that the config says are not there (a removed sub-layer, an FFN of width 0) get no gate, so a pruned
+    ``width`` and ``pos_conv`` have a vector per group of the positional convolution (and per conv of its stack) in the place of
+    the layer. Structures that the config says are not there (a removed sub-layer, an FFN of width 0) get no gate, so a pruned
     model can be pruned again. Layers that share parameters or an attention map have gates in common, under the number of the
     first of them.
 
@@ -57,6 +68,11 @@ class GateSet(nn.Module):
         check_units(units)
         if isinstance(init_drop, Mapping):
             check_units(tuple(init_drop))
+        if "width" in units and config.output is not None:
+            raise ValueError(
+                "the width of an encoder whose prediction heads stay at inference cannot be pruned: they read its channels; take 'width' "
+                "out of model.prune_units, or prune first and keep heads afterwards (s3distill keep-heads)"
+            )
         self.config = config
         self.units = tuple(unit for unit in UNITS if unit in units)
         sizes = prunable_sizes(config)
@@ -140,7 +156,13 @@ class GateSet(nn.Module):
             expected = gate.expected_open()
             for i in self._spread(unit, layer):
                 counts[unit][i] = expected.clamp_min(MIN_OPEN[unit]) if MIN_OPEN[unit] else expected
-        return GateCounts(*(tuple(counts[unit]) for unit in UNITS))
+        if "width" in self.units:  # what the last positional convolution writes goes with the stream's channels
+            probable = self._values({(u, i): g.probability_open() for u, i, g in self.all_gates() if u in _STREAM})
+            assert probable.width is not None
+            pos_conv = [None if gate is None else gate.double() for gate in probable.pos_conv]
+            last = stream_counts(self.config, probable.width.double(), pos_conv)[1][-self.config.pos_conv_groups :]
+            counts["pos_conv"][-self.config.pos_conv_groups :] = last
+        return GateCounts(*(tuple(counts[unit]) for unit in UNITS)).tied(self.config)
 
     def kept_counts(self) -> GateCounts:
         """What is open under `deterministic` gates, whole numbers; its cost is that of the pruned model.
@@ -157,7 +179,10 @@ class GateSet(nn.Module):
                 kept[unit][i] = int(count)
         for inner, sub_layer in (("head", "attention_layer"), ("ffn", "ffn_layer")):
             kept[inner] = [count * there for count, there in zip(kept[inner], kept[sub_layer], strict=True)]
-        return GateCounts(*(tuple(kept[unit]) for unit in UNITS))
+        if "width" in self.units:
+            stream = {(u, i): g.deterministic(MIN_OPEN[u]) for u, i, g in self.all_gates() if u in _STREAM}
+            kept["pos_conv"] = [int(n) for n in GateCounts.from_values(self.config, self._values(stream)).pos_conv]
+        return GateCounts(*(tuple(kept[unit]) for unit in UNITS)).tied(self.config)
 
     def kept_units(self) -> dict[str, tuple[int, ...]]:
         """`kept_counts` per layer of the gated units, for logs."""
@@ -165,13 +190,24 @@ class GateSet(nn.Module):
         return {unit: tuple(int(count) for count in kept[unit]) for unit in self.units}
 
     def _values(self, gates: Mapping[tuple[str, int], Tensor]) -> GateValues:
-        fields: dict[str, list[Tensor | None]] = {
-            _VALUES_FIELD[unit]: [None] * len(sizes) for unit, sizes in structure_sizes(self.config).items()
-        }
+        sizes = structure_sizes(self.config)
+        fields: dict[str, list[Tensor | None]] = {name: [None] * len(sizes[u]) for u, name in _VALUES_FIELD.items()}
+        groups: dict[str, list[Tensor]] = {unit: [] for unit in _STREAM}
         for (unit, layer), value in gates.items():
+            if unit in _STREAM:
+                groups[unit].append(value)
+                continue
             for i in self._spread(unit, layer):
                 fields[_VALUES_FIELD[unit]][i] = value.squeeze(0) if unit.endswith("_layer") else value
-        return GateValues(**{name: tuple(values) for name, values in fields.items()})
+        pos_conv: tuple[Tensor | None, ...] = (None,) * self.config.pos_conv_depth
+        if groups["pos_conv"]:
+            outputs = [sum(conv) for conv in pos_conv_outputs(self.config)]
+            pos_conv = torch.cat(groups["pos_conv"]).split(outputs)
+        return GateValues(
+            **{name: tuple(values) for name, values in fields.items()},  # type: ignore[arg-type]
+            width=torch.cat(groups["width"]) if groups["width"] else None,
+            pos_conv=pos_conv,
+        )
 
     def _check_finite(self) -> None:
         finite = torch.stack([gate.log_alpha.detach().isfinite().all() for _, _, gate in self.all_gates()])

@@ -34,6 +34,8 @@ class HeadsConfig:
         init: ``identity`` (its first rows and columns where the widths differ, zero bias), ``least_squares`` (identity
             until `LayerHeads.fit_least_squares` is called) or ``default`` (torch's).
         upsample: frames that are made of one: the student's time reduction, so that predictions have the teacher's rate.
+        hidden_dim: of ``predlayer``, width behind the GELU, per pair; 0 = ``student_dim``. A student whose width was pruned keeps
+            that of its heads.
     Raises:
         ValueError: an unknown choice, a layer that the student lacks, widths or frame rates that ``none`` cannot bridge, or
             least squares where it has no solution.
@@ -47,6 +49,7 @@ class HeadsConfig:
     sharing: str = "shared"
     init: str = "identity"
     upsample: int = 1
+    hidden_dim: int = 0
 
     def __post_init__(self) -> None:
         choices = {"mode": (self.mode, MODES), "sharing": (self.sharing, SHARINGS), "init": (self.init, INITS)}
@@ -55,6 +58,11 @@ class HeadsConfig:
         _require(
             min(self.student_dim, self.teacher_dim) > 0,
             f"`student_dim` and `teacher_dim` must be positive, but are {self.student_dim} and {self.teacher_dim}",
+        )
+        _require(
+            self.hidden_dim >= 0 and (self.hidden_dim == 0 or self.mode == "predlayer"),
+            f"`hidden_dim` is the inner width of heads of mode `predlayer`, 0 = the student's, but is {self.hidden_dim} in mode "
+            f"{self.mode!r}; leave it out",
         )
         _require(
             len(self.pairs) > 0 and all(len(pair) == 2 and min(pair) >= 0 for pair in self.pairs),
@@ -140,7 +148,7 @@ class LayerHeads(nn.Module):
     """One prediction per pair of the config.
 
         layer2layer  p_j = W_j h_{s_j} + b_j                                    (Peng et al., 2023, DPHuBERT)
-        predlayer    p_j = V_j GELU(W_j h_last + b_j) + c_j, W_j [C_s, C_s]    (Chang et al., 2022, DistilHuBERT)
+        predlayer    p_j = V_j GELU(W_j h_last + b_j) + c_j, W_j [C_h, C_s]    (Chang et al., 2022, DistilHuBERT)
         none         p_j = h_{s_j}                                   (DistilHuBERT's ablation without prediction heads)
 
     With ``upsample`` r > 1 a transposed convolution C_s -> C_s of kernel and stride r stands in front of each Linear (Lee et
@@ -161,8 +169,11 @@ class LayerHeads(nn.Module):
         num_linears = 0 if config.mode == "none" else max(self.linear_of_pair) + 1
         self.hidden: nn.Linear | None = None
         if config.mode == "predlayer":
-            self.hidden = nn.Linear(config.student_dim, config.student_dim * num_linears)
-        self.linears = nn.ModuleList(nn.Linear(config.student_dim, config.teacher_dim) for _ in range(num_linears))
+            width = config.hidden_dim or config.student_dim
+            self.hidden = nn.Linear(config.student_dim, width * num_linears)
+        else:
+            width = config.student_dim
+        self.linears = nn.ModuleList(nn.Linear(width, config.teacher_dim) for _ in range(num_linears))
         num_upsamplers = 0 if config.upsample == 1 else (num_linears if self.hidden is None else 1)
         dim, factor = config.student_dim, config.upsample
         self.upsamplers = nn.ModuleList(nn.ConvTranspose1d(dim, dim, factor, factor) for _ in range(num_upsamplers))

@@ -26,6 +26,7 @@ from s3distill.heads import (
     parse_pairs_per_teacher,
     without_prediction,
 )
+from s3distill.models._latency import measure_of, read_table
 from s3distill.models._student_start import read_start
 
 logger = logging.getLogger(__name__)
@@ -184,6 +185,12 @@ class SslStudentConfig(FairseqDataclass):
             "help": "of layer2layer: identity (truncated where widths differ), least_squares (fitted at the start) or default (random)"
         },
     )
+    head_hidden_dim: int = field(
+        default=0,
+        metadata={
+            "help": "of predlayer: inner width of each head; 0: that of student_path's heads, else the student's width"
+        },
+    )
     teacher_dim: int = field(default=0, metadata={"help": "width of the teacher; 0: taken from the task's teacher"})
     extra_teacher_dims: List[int] = field(
         default_factory=list,
@@ -194,13 +201,28 @@ class SslStudentConfig(FairseqDataclass):
         default_factory=list,
         metadata={"help": f"structures with L0 gates, of {', '.join(UNITS)}; empty: nothing is pruned"},
     )
-    prune_measure: ChoiceEnum(list(MEASURES)) = field(  # type: ignore[valid-type]
-        default="params", metadata={"help": "what sparsity counts: parameters, or MACs per second of audio"}
+    prune_measure: ChoiceEnum([*MEASURES, "latency"]) = field(  # type: ignore[valid-type]
+        default="params",
+        metadata={
+            "help": "what sparsity counts: parameters, MACs per second of audio, or latency (model.latency_table)"
+        },
+    )
+    latency_table: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "of prune_measure=latency: what `s3distill latency-table` wrote for student_path on the target machine"
+        },
+    )
+    latency: Optional[str] = field(
+        default=None,
+        metadata={"help": "that table as JSON; filled in when training starts, so that checkpoints rebuild alone"},
     )
     gate_init_drop: float = field(default=0.01, metadata={"help": "probability that a gate is closed at the start"})
     reference_cost: float = field(
         default=0.0,
-        metadata={"help": "cost that sparsity is relative to; 0: the task's teacher's, else the student's own"},
+        metadata={
+            "help": "cost that sparsity is relative to; 0: the task's teacher's, else the student's own (latency: always its own)"
+        },
     )
     normalize: bool = II("task.normalize")
     seed: int = II("common.seed")
@@ -227,6 +249,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             self.feature_extractor.requires_grad_(False)
         self.num_updates = 0
         self.heads_loaded = False
+        self.measure = measure_of(cfg, config)
         self.heads: TeacherHeads | None = None
         self.gates: GateSet | None = None
         self.lagrangian: Lagrangian | None = None
@@ -257,6 +280,10 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         config = replace(config, group_norm_over_padding=bool(cfg.group_norm_over_padding))
         cfg.encoder = config.to_json()
         cfg.encoder_embed_dim = config.output_dim  # what fine-tuning builds its head for
+        if (
+            start is not None and str(cfg.head_mode) == "predlayer"
+        ):  # heads of a student whose width was cut keep theirs
+            cfg.head_hidden_dim = cfg.head_hidden_dim or int(start.pretraining_options.get("head_hidden_dim") or 0)
         num_others = getattr(task, "num_teachers", 1) - 1
         dims_are_known = cfg.teacher_dim and len(cfg.extra_teacher_dims) >= num_others
         needs_teacher = (cfg.distill_layers and not dims_are_known) or (cfg.prune_units and not cfg.reference_cost)
@@ -269,9 +296,12 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             cfg.extra_teacher_dims = list(cfg.extra_teacher_dims) or [t.config.embed_dim for t in teachers[1:]]
         elif cfg.distill_layers and not cfg.teacher_dim:
             cfg.teacher_dim = config.embed_dim
+        if cfg.latency_table and not cfg.latency:
+            cfg.latency = read_table(cfg.latency_table).to_json()
         if cfg.prune_units and not cfg.reference_cost:
-            whole = teachers[0].config if teachers else config
-            cfg.reference_cost = float(count_cost(whole, None, str(cfg.prune_measure)))
+            by_table = str(cfg.prune_measure) == "latency"  # the table knows no other shape than the student's
+            whole = teachers[0].config if teachers and not by_table else config
+            cfg.reference_cost = float(count_cost(whole, None, measure_of(cfg, config)))
         model = cls(cfg, config)
         if start is not None:
             model._load_start(start, str(cfg.student_path))
@@ -380,20 +410,16 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         """Share of the reference cost that the gates are expected to remove; scalar, differentiable in the gates."""
         assert self.gates is not None
         counts = self.gates.expected_counts()
-        return sparsity(self.config, counts, str(self.cfg.prune_measure), self.cfg.reference_cost)  # type: ignore[return-value]
+        return sparsity(self.config, counts, self.measure, self.cfg.reference_cost)  # type: ignore[return-value]
 
     @property
     def initial_sparsity(self) -> float:
         """Sparsity with every gate open: 0, or more where the student is smaller than what sparsity refers to."""
-        return float(
-            sparsity(self.config, GateCounts.full(self.config), str(self.cfg.prune_measure), self.cfg.reference_cost)
-        )
+        return float(sparsity(self.config, GateCounts.full(self.config), self.measure, self.cfg.reference_cost))
 
     def check_target_sparsity(self, target: float) -> None:
         """Refuses a target that closing every gate cannot reach (`ValueError`)."""
-        check_target(
-            self.config, list(self.cfg.prune_units), target, str(self.cfg.prune_measure), self.cfg.reference_cost
-        )
+        check_target(self.config, list(self.cfg.prune_units), target, self.measure, self.cfg.reference_cost)
 
     def extract_features(
         self, source: Tensor, padding_mask: Tensor | None, mask: bool = False, layer: int | None = None, **_: Any
@@ -449,6 +475,7 @@ def _heads_configs(cfg: SslStudentConfig, config: EncoderConfig) -> list[HeadsCo
             sharing=str(cfg.head_sharing),
             init=str(cfg.head_init),
             upsample=config.time_reduction,
+            hidden_dim=cfg.head_hidden_dim,
         )
         for pairs, dim in zip(parse_pairs_per_teacher(cfg.distill_layers, len(dims)), dims, strict=True)
     ]

@@ -11,7 +11,7 @@ from s3distill.encoder.config import EncoderConfig
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.gates.counts import GateCounts
 from s3distill.gates.gate_set import GateSet
-from s3distill.pruning.plan import plan_from_gates
+from s3distill.pruning.plan import PruningPlan, plan_from_gates
 from s3distill.pruning.surgery import cut
 from s3distill.pruning.verify import TOLERANCE, Equivalence, compare
 
@@ -22,12 +22,16 @@ class CompactStudent:
 
     Attributes:
         config, state: shape and encoder parameters of the compact student.
+        plan: what stays of the gated one.
+        kept: structures that the gates keep, in the terms of the gated student (a latency table's).
         before, after: structures before and after, by unit and layer (for `count_parameters` and the report).
         equivalence: how far the compact student is from the gated one, on the audio that was given.
     """
 
     config: EncoderConfig
     state: dict[str, Tensor]
+    plan: PruningPlan
+    kept: GateCounts
     before: GateCounts
     after: GateCounts
     equivalence: Equivalence
@@ -77,4 +81,7 @@ def prune_student(
             f"{equivalence.layer}, allowed are {TOLERANCE:.0e}; nothing was written. Is the audio silent or the checkpoint diverged? "
             "Otherwise please report it"
         )
-    return CompactStudent(config, state, GateCounts.full(student.config), GateCounts.full(config), equivalence)
+    kept = GateCounts.from_values(student.config, values)
+    return CompactStudent(
+        config, state, plan, kept, GateCounts.full(student.config), GateCounts.full(config), equivalence
+    )

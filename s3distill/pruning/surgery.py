@@ -1,7 +1,8 @@
 """Cuts an encoder's tensors by a plan; the compact encoder computes what the gated one computed in eval mode.
 
 Where a gate's value goes: conv channels into the next conv's input weights (the last layer's into the LayerNorm behind
-it), heads into `out_proj`, FFN dims into `fc2`, whole sub-layers into their output projection and its bias.
+it), heads into `out_proj`, FFN dims into `fc2`, whole sub-layers into their output projection and its bias; the residual
+stream's and the positional convolution's: see `pruning.width`.
 
 WavLM's position bias stays whole, since every layer reads other columns of it: a layer's config says which heads of the
 unpruned model it kept.
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from s3distill.encoder.config import EncoderConfig, LayerConfig
 from s3distill.pruning.plan import Kept, PruningPlan
+from s3distill.pruning.width import cut_pos_conv, stream_fields
 
-# what nothing is cut from
-WHOLE = ("encoder.pos_conv.", "encoder.layer_norm.", "encoder.relative_attention_bias.", "encoder.time_reduction.")
+WHOLE = ("encoder.relative_attention_bias.",)  # what nothing is cut from
 
 
 def cut(config: EncoderConfig, state: dict[str, Tensor], plan: PruningPlan) -> tuple[EncoderConfig, dict[str, Tensor]]:
@@ -41,18 +42,28 @@ def cut(config: EncoderConfig, state: dict[str, Tensor], plan: PruningPlan) -> t
     # the last gate is applied behind this norm, so its scale goes into the affine part: z * (n * w + b)
     for name in ("layer_norm.weight", "layer_norm.bias"):
         compact[name] = state[name][incoming.indices] * incoming.scale
+    width = plan.width
     if config.project_features:
-        compact["post_extract_proj.weight"] = state["post_extract_proj.weight"][:, incoming.indices]
-        compact["post_extract_proj.bias"] = state["post_extract_proj.bias"]
+        weight = state["post_extract_proj.weight"][:, incoming.indices]
+        compact["post_extract_proj.weight"] = _rows(weight, width)
+        compact["post_extract_proj.bias"] = _rows(state["post_extract_proj.bias"], width)
+    for name in ("mask_emb", "encoder.layer_norm.weight", "encoder.layer_norm.bias"):
+        compact[name] = _rows(state[name], width)
     layers = []
     for i, layer in enumerate(config.layers):
         shape_after = plan.layer_config(i, layer)
         _cut_layer(compact, state, f"encoder.layers.{i}.", layer, shape_after, plan, i, config.layer_norm_first)
         layers.append(shape_after)
+    if config.time_reduction > 1:  # reads the stream, and writes it anew
+        weight = state["encoder.time_reduction.weight"][:, width.indices]
+        compact["encoder.time_reduction.weight"] = _rows(weight, width)
+        compact["encoder.time_reduction.bias"] = _rows(state["encoder.time_reduction.bias"], width)
     for name, value in state.items():
-        if name == "mask_emb" or name.startswith(WHOLE):
+        if name.startswith(WHOLE):
             compact[name] = value
-    new_config = dataclasses.replace(config, conv_layers=tuple(conv_layers), layers=tuple(layers))
+    fields = stream_fields(config, plan)
+    new_config = dataclasses.replace(config, conv_layers=tuple(conv_layers), layers=tuple(layers), **fields)
+    cut_pos_conv(compact, state, config, new_config, plan)
     return new_config, {name: value.detach().clone().contiguous() for name, value in compact.items()}
 
 
@@ -86,17 +97,19 @@ def _cut_layer(
     index: int,
     layer_norm_first: bool,
 ) -> None:
+    width = plan.width
     # of layers that share parameters, the owner alone has some to cut
     if after.attention and f"{prefix}self_attn.out_proj.weight" in state:
         kept, scale = plan.heads[index], plan.attention[index]
         # head h owns rows h*D .. h*D+D-1 of q, k, v and the same columns of out_proj
         rows = (kept.indices[:, None] * before.head_dim + torch.arange(before.head_dim)).flatten()
         for name in ("v_proj",) if before.reuses_attention else ("q_proj", "k_proj", "v_proj"):
-            compact[f"{prefix}self_attn.{name}.weight"] = state[f"{prefix}self_attn.{name}.weight"][rows]
+            weight = state[f"{prefix}self_attn.{name}.weight"][rows]
+            compact[f"{prefix}self_attn.{name}.weight"] = weight[:, width.indices]
             compact[f"{prefix}self_attn.{name}.bias"] = state[f"{prefix}self_attn.{name}.bias"][rows]
-        columns = state[f"{prefix}self_attn.out_proj.weight"][:, rows]
+        columns = _rows(state[f"{prefix}self_attn.out_proj.weight"][:, rows], width)
         compact[f"{prefix}self_attn.out_proj.weight"] = columns * kept.scale.repeat_interleave(before.head_dim) * scale
-        compact[f"{prefix}self_attn.out_proj.bias"] = state[f"{prefix}self_attn.out_proj.bias"] * scale
+        compact[f"{prefix}self_attn.out_proj.bias"] = _rows(state[f"{prefix}self_attn.out_proj.bias"], width) * scale
         for name in ("key_frames", "value_frames"):  # Linformer's, which all heads share
             if f"{prefix}self_attn.{name}" in state:
                 compact[f"{prefix}self_attn.{name}"] = state[f"{prefix}self_attn.{name}"]
@@ -107,12 +120,18 @@ def _cut_layer(
             compact[f"{prefix}self_attn.grep_a"] = state[f"{prefix}self_attn.grep_a"][:, kept.indices]
     if after.ffn and f"{prefix}fc1.weight" in state:
         kept, scale = plan.ffn[index], plan.ffn_layers[index]
-        compact[f"{prefix}fc1.weight"] = state[f"{prefix}fc1.weight"][kept.indices]
+        compact[f"{prefix}fc1.weight"] = state[f"{prefix}fc1.weight"][kept.indices][:, width.indices]
         compact[f"{prefix}fc1.bias"] = state[f"{prefix}fc1.bias"][kept.indices]
-        compact[f"{prefix}fc2.weight"] = state[f"{prefix}fc2.weight"][:, kept.indices] * kept.scale * scale
-        compact[f"{prefix}fc2.bias"] = state[f"{prefix}fc2.bias"] * scale
+        columns = _rows(state[f"{prefix}fc2.weight"][:, kept.indices], width)
+        compact[f"{prefix}fc2.weight"] = columns * kept.scale * scale
+        compact[f"{prefix}fc2.bias"] = _rows(state[f"{prefix}fc2.bias"], width) * scale
     # a pre-LN layer's norm is dead without its sub-layer; a post-LN layer's norm still acts on the residual stream
     for norm, stays in (("self_attn_layer_norm", after.attention), ("final_layer_norm", after.ffn)):
         if (stays or not layer_norm_first) and f"{prefix}{norm}.weight" in state:
             for name in ("weight", "bias"):
-                compact[f"{prefix}{norm}.{name}"] = state[f"{prefix}{norm}.{name}"]
+                compact[f"{prefix}{norm}.{name}"] = _rows(state[f"{prefix}{norm}.{name}"], width)
+
+
+def _rows(value: Tensor, width: Kept) -> Tensor:
+    """What is written into the stream, [C] or [C, ...]: the channels that stay, with their gates folded in."""
+    return value[width.indices] * width.scale.view(-1, *(1,) * (value.dim() - 1))

@@ -40,10 +40,12 @@ def compare(
     result = SpeechEncoder.forward(compact.eval(), source, padding_mask)
     gated.train(was_training[0])
     compact.train(was_training[1])
+    stays = slice(None) if gates.width is None else gates.width > 0  # closed channels of the stream are gone
     worst, layer = 0.0, 0
     valid = slice(None) if reference.padding_mask is None else ~reference.padding_mask
     pairs = zip([*reference.hidden_states, reference.x], [*result.hidden_states, result.x], strict=True)
     for i, (expected, got) in enumerate(pairs):
+        expected = expected[..., stays]
         difference = (got[valid] - expected[valid]).abs().max() / expected[valid].abs().max().clamp_min(1e-12)
         if not difference <= worst:  # also catches NaN
             worst, layer = float(difference), i

@@ -156,6 +156,7 @@ class AudioDistillTask(AutocastSteps, AudioPretrainingTask):
         self._model = model = super().build_model(model_cfg, from_checkpoint)
         with open_dict(model_cfg):  # what was taken from files, so that the checkpoint rebuilds without them
             names = ("encoder", "encoder_embed_dim", "teacher_dim", "extra_teacher_dims", "reference_cost", "normalize")
+            names += ("head_hidden_dim", "latency")
             for name in names:
                 if hasattr(model.cfg, name):
                     model_cfg[name] = getattr(model.cfg, name)

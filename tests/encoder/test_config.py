@@ -24,6 +24,7 @@ from s3distill.encoder.config import (
 )
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.encoder.options import options_from_config, stock_options
+from s3distill.encoder.pos_shape import PosConvShape
 from s3distill.gates import GateCounts, breakdown, count_macs_per_second, count_parameters
 
 LARGE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True}
@@ -84,6 +85,7 @@ def test_unreadable_json_and_unknown_keys_are_named() -> None:
         EncoderConfig.from_dict(values)
 
 
+BIASED = {"layers": uniform_layers(1, 2, 8, 16, position_bias=True), "position_buckets": 8, "position_heads": 2}
 FAULTS = [
     ({"conv_layers": ()}, "`conv_layers` must name at least one layer, but is empty"),
     ({"extractor_mode": "rms"}, "`extractor_mode` must be one of default, layer_norm, but is 'rms'"),
@@ -95,6 +97,31 @@ FAULTS = [
     ({"layers": (LayerConfig(1, 8, 4), LayerConfig(-1, 8, 4))}, "layer 1 must have num_heads >= 0"),
     ({"layers": (LayerConfig(1, 0, 4),)}, "layer 0 must have num_heads >= 0, head_dim > 0"),
     ({"layers": (LayerConfig(1, 8, -1),)}, "and ffn_dim >= 0, but is"),
+    (
+        {"pos_conv_shape": PosConvShape((8, 7), (), ())},
+        "`inputs` of `pos_conv_shape` must be the channels of 16 groups, 16 in",
+    ),
+    (
+        {"pos_conv_groups": 2, "pos_conv_depth": 2, "pos_conv_shape": PosConvShape((9, 7), (), ())},
+        "`hidden` of `pos_conv_shape` must have the channels of 2 groups for each of the 1 inner",
+    ),
+    (
+        {"pos_conv_groups": 2, "pos_conv_shape": PosConvShape((9, 7), (), (3, 2))},
+        r"`written` of `pos_conv_shape` must name different channels of the stream, 0 to 15, in ascending order",
+    ),
+    (
+        {"pos_conv_groups": 2, "pos_conv_depth": 2, "pos_conv_shape": PosConvShape((9, 7), ((3, 0),), (2, 12))},
+        r"need inputs in every convolution, but groups \[1\] have none",
+    ),
+    ({"position_slice": 4}, "so must `position_channels` and `position_slice`"),
+    (
+        {**BIASED, "position_slice": 4},
+        "`position_slice` goes with `position_channels` of a cut stream and must be 0 without",
+    ),
+    (
+        {**BIASED, "position_slice": 9, "position_channels": tuple(range(3, 19))},
+        "`position_channels` must name a different channel of the unpruned stream, 0 to 17, for each of the 16",
+    ),
 ]
 
 

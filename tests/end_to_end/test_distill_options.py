@@ -20,7 +20,9 @@ from omegaconf import OmegaConf, open_dict
 
 import s3distill
 from s3distill import compat
-from s3distill.gates import MEASURES, UNITS
+from s3distill.encoder.checkpoint import parse_checkpoint
+from s3distill.gates import MEASURES, UNITS, GateCounts, count_cost
+from s3distill.pruning.compact import prune_student
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,11 +80,16 @@ STEADY = (*CONSTANT_LR, "optimizer.gate_lr=0.3", "optimizer.multiplier_lr=0.5")
 
 
 @pytest.mark.parametrize(
-    ("unit", "measure"), [*((unit, "params") for unit in UNITS), ("conv", "macs"), ("ffn_layer", "macs")]
+    ("unit", "measure"),
+    [*((unit, "params") for unit in UNITS), *((unit, "macs") for unit in ("conv", "ffn_layer", "width"))],
 )
 def test_each_unit_on_its_own_reaches_its_target(build: Callable[..., Training], unit: str, measure: str) -> None:
     assert set(MEASURES) == {"params", "macs"}
-    target = {("conv", "params"): 0.06, ("ffn_layer", "macs"): 0.03}.get((unit, measure), 0.15)
+    low = {
+        **{("conv", "params"): 0.06, ("ffn_layer", "macs"): 0.03, ("width", "macs"): 0.05},
+        ("pos_conv", "params"): 0.05,
+    }
+    target = low.get((unit, measure), 0.15)
     run = build(
         *(f"model.prune_units=[{unit}]", f"model.prune_measure={measure}", f"criterion.target_sparsity={target}"),
         *CONSTANT_LR,
@@ -110,6 +117,38 @@ def test_each_unit_on_its_own_reaches_its_target(build: Callable[..., Training],
         "above the target lambda1 must rise"
     )
     assert lagrangian.lambda2 > lambda2, "lambda2 only grows"
+
+
+def test_a_share_of_macs_is_reached_and_cut(build: Callable[..., Training], tmp_path: Path) -> None:
+    """Trained until the expected MACs are on target, the pruned student has them."""
+    run = build(
+        *(
+            "model.prune_units=[conv,head,ffn,width,pos_conv]",
+            "model.prune_measure=macs",
+            "criterion.target_sparsity=0.5",
+            "criterion.sparsity_warmup=0",
+        ),
+        *CONSTANT_LR,
+        *("optimizer.gate_lr=0.5", "optimizer.multiplier_lr=1.0"),
+        *("task.enable_padding=false", "task.max_sample_size=6400", "dataset.batch_size=2"),
+    )
+    for _ in range(150):
+        run.train(1)
+        if run.model.expected_sparsity() >= 0.5:
+            break
+    assert 0.5 <= float(run.model.expected_sparsity()) < 0.65
+    path = tmp_path / "student.pt"
+    options = {
+        "_name": "ssl_student",
+        "encoder": run.model.config.to_json(),
+        "prune_units": list(run.model.gates.units),
+    }
+    compat.write_checkpoint(path, run.model.state_dict(), options, {"normalize": True})
+    student = parse_checkpoint(compat.load_checkpoint(path), str(path))
+    compact = prune_student(student, torch.randn(1, 16000, generator=torch.Generator().manual_seed(0)))
+    removed = 1 - count_cost(compact.config, None, "macs") / count_cost(run.model.config, None, "macs")
+    assert removed == pytest.approx(float(run.model.expected_sparsity()), abs=0.05)
+    assert compact.after == GateCounts.full(compact.config) == run.model.gates.kept_counts()
 
 
 def test_the_target_rises_linearly(build: Callable[..., Training]) -> None:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, LayerConfig, parse_conv_layers, uniform_layers
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.pos_shape import PosConvShape
 from s3distill.gates import (
     MEASURES,
     UNITS,
@@ -78,7 +79,7 @@ def num_parameters(config: EncoderConfig) -> int:
 
 
 def cut(config: EncoderConfig, counts: GateCounts) -> EncoderConfig:
-    """The config of the pruned model that whole counts describe."""
+    """The config of a pruned model that whole counts describe."""
     conv = tuple(dataclasses.replace(c, channels=int(n)) for c, n in zip(config.conv_layers, counts.conv, strict=True))
     layers = tuple(
         LayerConfig(
@@ -91,7 +92,14 @@ def cut(config: EncoderConfig, counts: GateCounts) -> EncoderConfig:
             config.layers, counts.heads, counts.ffn, counts.attention_layers, counts.ffn_layers, strict=True
         )
     )
-    return dataclasses.replace(config, conv_layers=conv, layers=layers)
+    width, groups = tuple(map(int, counts.width)), config.pos_conv_groups
+    *hidden, last = (tuple(map(int, counts.pos_conv[i : i + groups])) for i in range(0, len(counts.pos_conv), groups))
+    starts = [sum(width[:g]) for g in range(groups)]
+    written = tuple(start + i for start, number in zip(starts, last, strict=True) for i in range(number))
+    stream = {"embed_dim": sum(width), "pos_conv_shape": PosConvShape(width, tuple(hidden), written)}
+    if config.position_buckets > 0:
+        stream |= {"position_channels": tuple(range(sum(width))), "position_slice": config.position_slice_width}
+    return dataclasses.replace(config, conv_layers=conv, layers=layers, **stream)
 
 
 @st.composite
@@ -99,12 +107,14 @@ def gate_values(draw: st.DrawFn, config: EncoderConfig) -> GateValues:
     """0/1 gates of every unit, at least one conv channel each, in the shapes of a `GateSet`."""
     shapes = GateSet(config, UNITS).deterministic()
 
-    def bits(gate: torch.Tensor | None, low: int = 0) -> torch.Tensor | None:
+    def bits(gate: torch.Tensor | None, low: int = 0, every: int = 10**9) -> torch.Tensor | None:
         if gate is None:
             return None
         values = draw(st.lists(st.sampled_from([0.0, 0.7, 1.0]), min_size=gate.numel(), max_size=gate.numel()))
-        values[0] = max(values[0], float(low))
+        values[::every] = [max(value, float(low)) for value in values[::every]]
         return torch.tensor(values).view(gate.shape)
+
+    group = config.embed_dim // config.pos_conv_groups
 
     return GateValues(
         tuple(bits(g, 1) for g in shapes.conv),
@@ -112,6 +122,8 @@ def gate_values(draw: st.DrawFn, config: EncoderConfig) -> GateValues:
             tuple(bits(g) for g in unit)
             for unit in (shapes.heads, shapes.ffn, shapes.attention_layers, shapes.ffn_layers)
         ),
+        width=bits(shapes.width, 1, group),
+        pos_conv=tuple(bits(g, 1, group) for g in shapes.pos_conv),
     )
 
 
@@ -170,8 +182,11 @@ def test_attention_makes_long_utterances_dearer() -> None:
 
 
 def test_expected_cost_agrees_with_samples() -> None:
-    """Products of expectations are the expectation of the product: gates of different vectors are independent."""
-    gates = GateSet(SMALL, UNITS)
+    """Products of expectations are the expectation of the product: gates of different vectors are independent.
+
+    Not those of the stream in the positional convolution, which reads and writes it.
+    """
+    gates = GateSet(SMALL, [unit for unit in UNITS if unit != "width"])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in gates.parameters():

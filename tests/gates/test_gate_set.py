@@ -49,6 +49,8 @@ def test_only_what_is_there_is_gated() -> None:
         ("ffn_layer", 0): 1,
         ("ffn_layer", 2): 1,
         ("ffn_layer", 3): 1,
+        **{("width", group): 8 for group in range(2)},
+        **{("pos_conv", group): 8 for group in range(2)},
     }
     assert gates.num_gates == sum(sizes.values())
     assert set(gates.state_dict()) == {f"{unit}.{layer}.log_alpha" for unit, layer in sizes}
@@ -123,6 +125,8 @@ def test_deterministic_size_follows_the_expected_size(units: tuple[str, ...]) ->
         expected = gates.expected_counts()
     kept = gates.kept_counts()
     for unit, layer, _ in gates.all_gates():
+        if unit == "pos_conv":
+            continue  # what is left of it depends on which channels of the stream close, not on their number alone
         assert abs(float(expected.as_dict()[unit][layer]) - float(kept.as_dict()[unit][layer])) <= 0.5 + 1e-6
 
 
@@ -137,6 +141,8 @@ def test_a_conv_layer_keeps_one_channel() -> None:
         "ffn": (0,) * 4,
         "attention_layer": (0,) * 4,
         "ffn_layer": (0,) * 4,
+        "width": (1, 1),
+        "pos_conv": (1, 1),
     }
     assert [int((v > 0).sum()) for v in gates.deterministic().conv] == [1, 1]  # type: ignore[operator, union-attr]
     assert [int((v > 0).sum()) for v in gates.sample(0).conv] == [1, 1]  # type: ignore[operator, union-attr]
@@ -174,7 +180,7 @@ def test_initial_sparsity_of_hubert_base_is_near_zero() -> None:
         published = GateSet(config, ("conv", "head", "ffn"), init_drop={"ffn": 0.5}).expected_counts()
     for measure in ("params", "macs"):
         assert 0.001 < float(sparsity(config, recipe, measure)) < 0.003
-        assert 0.003 < float(sparsity(config, everything, measure)) < 0.005
+        assert 0.005 < float(sparsity(config, everything, measure)) < 0.007
     assert float(sparsity(config, published)) == pytest.approx(0.10, abs=0.005)  # what DPHuBERT starts with
 
 
@@ -227,3 +233,29 @@ def test_whole_layers_close_as_many_as_are_expected_to() -> None:
     values = gates.deterministic().ffn_layers
     assert [float(value) > 0 for value in values if value is not None] == [False, False, True, True]
     assert gates.kept_counts().ffn_layers == (0, 0, 1, 1)
+
+
+def test_stream_and_positional_convolution_are_counted_together() -> None:
+    """Of the last positional convolution's outputs those count whose channel of the stream is open too."""
+    gates = GateSet(CONFIG, ["width", "pos_conv"])
+    with torch.no_grad():
+        gates.gates("width")[0].log_alpha.copy_(torch.tensor([60.0] * 3 + [-60.0] * 5))
+        gates.gates("width")[1].log_alpha.fill_(60.0)
+        gates.gates("pos_conv")[0].log_alpha.copy_(torch.tensor([60.0, -60.0] * 4))
+        gates.gates("pos_conv")[1].log_alpha.copy_(torch.tensor([60.0, -60.0] * 4))
+        expected = gates.expected_counts()
+    assert gates.kept_counts().width == tuple(map(float, expected.width)) == (3, 8)
+    assert gates.kept_counts().pos_conv == tuple(map(float, expected.pos_conv)) == (2, 4)
+    values = gates.deterministic()
+    assert GateCounts.from_values(CONFIG, values) == gates.kept_counts()
+    assert float(count_parameters(CONFIG, expected)) == count_parameters(CONFIG, gates.kept_counts())
+
+
+def test_an_unprojected_encoder_has_the_stream_of_its_last_conv_layer() -> None:
+    config = dataclasses.replace(CONFIG, embed_dim=8, project_features=False)
+    gates = spread(GateSet(config, ["conv", "width"]))
+    kept = gates.kept_counts()
+    assert kept.conv[1] == sum(kept.width) < 8 and kept == GateCounts.from_values(config, gates.deterministic())
+    with torch.no_grad():
+        expected = gates.expected_counts()
+        assert float(expected.conv[1]) == float(sum(expected.width))
