@@ -5,8 +5,6 @@ Both have the projections, gates and keys of `SelfAttention`; only what happens 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +28,7 @@ def build_attention(config: EncoderConfig, layer: LayerConfig, dropout: float) -
 def num_pairs(num_frames: int, window: int, num_global: int) -> int:
     """(query, key) pairs that `WindowedAttention` computes for an utterance; less than ``num_frames`` squared, or that."""
     block = max(window, _SMALLEST_BLOCK)
-    blocked = math.ceil(num_frames / block) * block * (block + 2 * window + num_global) + num_global * num_frames
+    blocked = (num_frames + block - 1) // block * block * (block + 2 * window + num_global) + num_global * num_frames
     return min(blocked, num_frames * num_frames)
 
 
@@ -77,7 +75,7 @@ class WindowedAttention(SelfAttention):
         """What `attend` takes -> context of all queries as if none were global, [B, H, T, D]."""
         batch, _, frames, _ = q.shape
         query, key = self._block_frames(frames, q.device)
-        num_blocks = len(query)
+        num_blocks = query.shape[0]  # len() would fix it in an exported model
         mask = (
             self._block_mask(valid, query, key).expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
         )  # [B * N, 1, block, K]
@@ -96,7 +94,7 @@ class WindowedAttention(SelfAttention):
         block = max(self.window, _SMALLEST_BLOCK)
         starts = torch.arange(0, frames, block, device=device)[:, None]
         near = starts + torch.arange(-self.window, block + self.window, device=device)
-        first = torch.arange(self.num_global, device=device).expand(len(starts), -1)
+        first = torch.arange(self.num_global, device=device).expand(starts.shape[0], -1)
         return starts + torch.arange(block, device=device), torch.cat([first, near], 1)
 
     def _block_mask(self, valid: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class SpeechEncoder(nn.Module):
                 f"one frame, but the shortest has {shortest}; drop such utterances (min_sample_size) or pad the audio"
             )
         if self.config.attention == "linformer":
-            self._check_longest(int(self.config.num_frames(source.shape[1])))
+            self._check_longest(self.config.num_frames(source.shape[1]))
 
     def _check_longest(self, num_frames: int) -> None:
         allowed = self.config.linformer_max_frames

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from s3distill.encoder.attention import SelfAttention
 from s3distill.encoder.config import EncoderConfig, TrainingConfig, parse_conv_layers
@@ -139,6 +139,25 @@ def test_dropped_layers_leave_a_working_encoder(name: str) -> None:
         assert out.x.isfinite().all() and len(out.hidden_states) == encoder.config.num_layers + 1
         outputs.append(out.x.detach())
     assert any(not torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("name", ["everything_shared_windowed", "everything_reused", "everything_linformer"])
+def test_it_exports_with_any_length(name: str) -> None:
+    """`torch.export`, on which ONNX builds, must fix neither the number of blocks nor that of projected frames."""
+    encoder = make_encoder(name)
+
+    class Output(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, source: Tensor) -> Tensor:
+            return self.encoder(source).x
+
+    dynamic = {"source": {1: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(Output(), (torch.randn(1, 3000),), dynamic_shapes=dynamic)
+    longer = torch.randn(1, 5000)
+    torch.testing.assert_close(program.module()(longer), encoder(longer).x)
 
 
 def test_old_configs_read_as_they_were() -> None:
