@@ -21,11 +21,11 @@ from fairseq.models import MODEL_DATACLASS_REGISTRY
 from fairseq_cli import hydra_train
 from fairseq_cli import train as training
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
 import s3distill  # noqa: F401  registers the models
 from s3distill.cli.train import check_files, check_option_names
 from s3distill.compat import launch
+from s3distill.compat.repairs import forget_last_run
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "config" / "s3_router" / "base_1h.yaml"
@@ -113,7 +113,7 @@ def test_ranks_of_torchrun_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_precision_on_a_cpu_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with with_gpus(0), caplog.at_level(logging.WARNING):
         launch.check_devices(devices(1, fp16=True, fp16_no_flatten_grads=True))
-    assert "common.fp16 on a CPU is slow and rounds; pass common.fp16=false" in caplog.text
+    assert "common.fp16 on a CPU is slow and stops at the first overflow; pass common.fp16=false" in caplog.text
 
 
 def test_a_configuration_without_these_sections_passes() -> None:
@@ -197,54 +197,13 @@ def test_typed_options_of_both_models_are_fine(typed: Callable[..., Any]) -> Non
 # ---------------------------------------------------------------- jobs of a sweep
 
 
-@pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunMode], None]:
-    """Lets hydra say that a job runs, alone or in a sweep."""
-
-    def set_job(mode: RunMode) -> None:
-        hydra = OmegaConf.create({"mode": mode, "run": {"dir": "outputs/run"}, "runtime": {"output_dir": "/sweep/3"}})
-        monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
-        monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
-
-    return set_job
-
-
-def outputs(save_dir: str, logs: str | None = None) -> DictConfig:
-    return OmegaConf.create({"checkpoint": {"save_dir": save_dir}, "common": {"tensorboard_logdir": logs}})
-
-
-@pytest.mark.parametrize(
-    ("mode", "given", "expected"),
-    [
-        (RunMode.RUN, ("outputs/run/checkpoints", None), ("outputs/run/checkpoints", None)),
-        (RunMode.MULTIRUN, ("outputs/run/checkpoints", "outputs/run/tb"), ("/sweep/3/checkpoints", "/sweep/3/tb")),
-        (RunMode.MULTIRUN, ("elsewhere/checkpoints", None), ("elsewhere/checkpoints", None)),
-        (RunMode.MULTIRUN, ("outputs/running/checkpoints", ""), ("outputs/running/checkpoints", "")),
-    ],
-)
-def test_jobs_of_a_sweep_do_not_share_a_folder(
-    job: Callable[[RunMode], None], mode: RunMode, given: tuple[str, str], expected: tuple[str, str]
-) -> None:
-    job(mode)
-    cfg = outputs(*given)
-    launch.separate_jobs(cfg)
-    assert (cfg.checkpoint.save_dir, cfg.common.tensorboard_logdir) == expected
-
-
-def test_without_hydra_there_are_no_jobs() -> None:
-    cfg = outputs("outputs/run/checkpoints")
-    with mock.patch.object(HydraConfig, "initialized", lambda: False):
-        launch.separate_jobs(cfg)
-    assert cfg.checkpoint.save_dir == "outputs/run/checkpoints"
-
-
 def test_a_job_inherits_no_best_score() -> None:
     checkpoint_utils.save_checkpoint.best = 3.0
     training.should_stop_early.best, training.should_stop_early.num_runs = 3.0, 7
-    launch.forget_last_job()
+    forget_last_run()
     assert not hasattr(checkpoint_utils.save_checkpoint, "best")
     assert not hasattr(training.should_stop_early, "best") and not hasattr(training.should_stop_early, "num_runs")
-    launch.forget_last_job()  # a first job has nothing to forget
+    forget_last_run()  # a first job has nothing to forget
 
 
 # ---------------------------------------------------------------- the way in
@@ -365,7 +324,9 @@ def test_what_must_be_given(tmp_path: Path, key: str) -> None:
         check_files(complete(tmp_path, **{key.replace(".", "__"): "???"}))
 
 
-@pytest.mark.parametrize("key", ["model.w2v_path", "task.data", "checkpoint.finetune_from_model"])
+@pytest.mark.parametrize(
+    "key", ["model.w2v_path", "task.data", "checkpoint.finetune_from_model", "checkpoint.restore_file"]
+)
 def test_what_must_exist(tmp_path: Path, key: str) -> None:
     with pytest.raises(FileNotFoundError, match=rf"`{re.escape(key)}` must name what exists, but there is no nowhere"):
         check_files(complete(tmp_path, **{key.replace(".", "__"): "nowhere"}))

@@ -15,6 +15,7 @@ options, with their defaults:
   FINETUNE=librispeech_100h    librispeech_10h, librispeech_1h
   TEST="test_clean test_other" splits to decode
   OUT=outputs/dphubert_FAMILY  folder of everything
+  STAGE1=FOLDER                a finished stage 1, such as a job of sweep.sh; else it is trained here
   ARGS, STAGE1_ARGS, STAGE2_ARGS, FINETUNE_ARGS, DECODE_ARGS   more overrides: of all trainings, or of one step
 without a GPU: ARGS=common.fp16=false STAGE1_ARGS=task.teacher_dtype=float32 STAGE2_ARGS=task.teacher_dtype=float32
 USAGE
@@ -34,10 +35,13 @@ source examples/steps.sh
 # The ARGS are lists of words: they are split on purpose.
 # shellcheck disable=SC2086
 {
-    step stage1 fairseq-hydra-train --config-dir config/distill --config-name "dphubert_${FAMILY}_stage1" \
-        "hydra.run.dir=$OUT/stage1" "task.data=$DATA" "task.teacher_path=$TEACHER" ${ARGS:-} ${STAGE1_ARGS:-}
+    if [[ -z "${STAGE1:-}" ]]; then
+        step stage1 fairseq-hydra-train --config-dir config/distill --config-name "dphubert_${FAMILY}_stage1" \
+            "hydra.run.dir=$OUT/stage1" "task.data=$DATA" "task.teacher_path=$TEACHER" ${ARGS:-} ${STAGE1_ARGS:-}
+    fi
 
-    step prune s3distill prune "$(last stage1)" "$OUT/compact.pt"
+    mkdir -p "$OUT"
+    step prune s3distill prune "${STAGE1:-$OUT/stage1}/checkpoints/checkpoint_last.pt" "$OUT/compact.pt"
 
     step stage2 fairseq-hydra-train --config-dir config/distill --config-name "dphubert_${FAMILY}_stage2" \
         "hydra.run.dir=$OUT/stage2" "task.data=$DATA" "task.teacher_path=$TEACHER" "model.student_path=$OUT/compact.pt" \

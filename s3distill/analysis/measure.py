@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,6 +91,13 @@ def measure_speedup(
     return Speedup(slow.processing_s / fast.processing_s, slow, fast)
 
 
+def measure_rtfs(
+    models: Sequence[SpeechModel], seconds: float = UTTERANCE_S, repeats: int = 5, num_threads: int | None = None
+) -> list[RTF]:
+    """Times several encoders in turns on the same audio, as `measure_speedup` does two."""
+    return _measure(models, seconds, repeats, num_threads)
+
+
 def measure_mask_speedup(
     path: str | os.PathLike[str], seconds: float = UTTERANCE_S, repeats: int = 5, num_threads: int | None = None
 ) -> Speedup | None:
@@ -108,7 +115,7 @@ def measure_mask_speedup(
 
 
 def _measure(
-    models: list[SpeechModel | MaskedNetwork], seconds: float, repeats: int, num_threads: int | None
+    models: Sequence[SpeechModel | MaskedNetwork], seconds: float, repeats: int, num_threads: int | None
 ) -> list[RTF]:
     if repeats < 1 or (num_threads is not None and num_threads < 1):
         raise ValueError(f"`repeats` and `num_threads` must be at least 1, but are {repeats} and {num_threads}")

@@ -19,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="label files: endings beside the manifest, or paths (default: .ltr and .wrd where they are there)",
     )
     parser.add_argument(
-        "--dict", metavar="PATH", help="dictionary of the labels other than .wrd (default: dict.ENDING.txt beside them)"
+        "--dict",
+        metavar="PATH",
+        help="dictionary of the labels other than .wrd (default: dict.ENDING.txt beside them; "
+        "classes of utterances, one word a line, need none)",
     )
     parser.add_argument(
         "--model",

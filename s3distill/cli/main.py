@@ -22,6 +22,7 @@ COMMANDS = {
         "which of the teacher's layers a model reads that keeps its heads",
     ),
     "inspect": ("s3distill.cli.inspect", "parameters, MACs, shapes and speed of a checkpoint"),
+    "report": ("s3distill.cli.report", "runs or a sweep beside each other: error rate against size and speed"),
     "convert": (
         "s3distill.cli.convert",
         "Hugging Face folders and WavLM files to fairseq checkpoints, students to folders",

@@ -12,7 +12,11 @@ from typing import Any
 from s3distill.data.manifest import validate_for_training
 
 TAKES_ANY_ARGUMENTS = True  # they are fairseq-hydra-train's
-PATHS = ("model.w2v_path", "model.student_path", "task.teacher_path", "checkpoint.finetune_from_model", "task.data")
+PATHS = (
+    *("model.w2v_path", "model.student_path", "task.teacher_path", "task.data"),
+    *("checkpoint.finetune_from_model", "checkpoint.restore_file"),
+)
+_OWN_CHECKPOINT = "checkpoint_last.pt"  # looked for in the run's own folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +115,8 @@ def check_files(cfg: Any) -> None:
         if OmegaConf.is_dict(cfg.get(section)) and OmegaConf.is_missing(cfg[section], name):
             raise ValueError(f"`{key}` must be given, but the command does not set it; pass {key}=PATH")
         path = OmegaConf.select(cfg, key)
+        if key == "checkpoint.restore_file" and path == _OWN_CHECKPOINT:
+            continue
         if path and not Path(path).exists():
             raise FileNotFoundError(
                 f"`{key}` must name what exists, but there is no {path} (from {Path.cwd()}); check the path"

@@ -17,13 +17,11 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 logger = logging.getLogger(__name__)
@@ -38,7 +36,6 @@ class LaunchCallback(Callback):
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         prepare()
-        forget_last_job()
 
 
 def prepare(check: Callable[[DictConfig], None] | None = None) -> None:
@@ -57,7 +54,6 @@ def prepare(check: Callable[[DictConfig], None] | None = None) -> None:
     checks = [check] if check else []
 
     def add_defaults(cfg: DictConfig) -> None:
-        separate_jobs(cfg)
         check_devices(cfg)
         leave_out_foreign_options(cfg)
         for further in checks:
@@ -66,30 +62,6 @@ def prepare(check: Callable[[DictConfig], None] | None = None) -> None:
 
     add_defaults.checks = checks  # type: ignore[attr-defined]
     hydra_train.add_defaults = add_defaults
-
-
-def separate_jobs(cfg: DictConfig) -> None:
-    """In a sweep, outputs go to the job's own folder: the recipes put them under ``hydra.run.dir``, which all jobs share.
-
-    Otherwise each job would go on from the checkpoint of the one before.
-    """
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return
-    shared, own = HydraConfig.get().run.dir, HydraConfig.get().runtime.output_dir
-    for key in ("checkpoint.save_dir", "common.tensorboard_logdir"):
-        folder = OmegaConf.select(cfg, key)
-        if folder and Path(folder).is_relative_to(shared):
-            OmegaConf.update(cfg, key, str(own / Path(folder).relative_to(shared)))
-
-
-def forget_last_job() -> None:
-    """fairseq keeps the best score and its patience on functions, which the next job of a sweep in this process would inherit."""
-    from fairseq import checkpoint_utils
-    from fairseq_cli import train
-
-    for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):
-        for name in ("best", "num_runs"):
-            vars(function).pop(name, None)
 
 
 def check_devices(cfg: DictConfig) -> None:
@@ -104,6 +76,13 @@ def check_devices(cfg: DictConfig) -> None:
     options = cfg.get("distributed_training") or {}
     method, world_size = options.get("distributed_init_method"), options.get("distributed_world_size")
     num_gpus = torch.cuda.device_count()
+    common = cfg.get("common") or {}
+    if num_gpus == 0 and common.get("fp16") and not common.get("tpu"):
+        if not (common.get("fp16_no_flatten_grads") or common.get("memory_efficient_fp16")):
+            raise RuntimeError(
+                "common.fp16 gathers its gradients on a GPU, but there is no GPU here; pass common.fp16=false to train on the CPU"
+            )
+        logger.warning("common.fp16 on a CPU is slow and stops at the first overflow; pass common.fp16=false")
     if options.get("distributed_no_spawn"):
         return  # the ranks are started one by one
     launched = all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
@@ -119,13 +98,6 @@ def check_devices(cfg: DictConfig) -> None:
             f"distributed_training.distributed_world_size is {world_size}, but {visible} visible, so {num_gpus} would wait for the others "
             f"for ever; pass distributed_training.distributed_world_size={num_gpus}, or make more GPUs visible"
         )
-    common = cfg.get("common") or {}
-    if num_gpus == 0 and common.get("fp16") and not common.get("tpu"):
-        if not (common.get("fp16_no_flatten_grads") or common.get("memory_efficient_fp16")):
-            raise RuntimeError(
-                "common.fp16 gathers its gradients on a GPU, but there is no GPU here; pass common.fp16=false to train on the CPU"
-            )
-        logger.warning("common.fp16 on a CPU is slow and rounds; pass common.fp16=false")
 
 
 def leave_out_foreign_options(cfg: DictConfig) -> None:

@@ -12,6 +12,7 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from torch import Tensor
 
+from s3distill import kernels
 from s3distill.criterions._distill_checks import (
     check_frames,
     check_gates,
@@ -177,7 +178,8 @@ class LayerDistill(FairseqCriterion):
             num_layers=max(read, default=0),
             conv_features=conv_features,
         )
-        loss, num_frames, log = self._distill(out, states, head_pairs, temporal_pairs)
+        with kernels.without_autocast(source.device):
+            loss, num_frames, log = self._distill(out, states, head_pairs, temporal_pairs)
         log["loss_distill"] = loss.detach()
         if out["penalty"] is not None:
             # gradients are divided by the summed sample_size over ranks, so a term that is no sum over frames is multiplied

@@ -89,7 +89,8 @@ def check_manifest(
 
     Checked: every line; every audio file (there, readable to its end, 16 kHz, mono, of the stated length, long enough
     for a frame); number of label lines, empty ones, symbols that the dictionary lacks, lines too long for CTC, letters that
-    do not spell the words.
+    do not spell the words. A label file with one word on every line and no dictionary beside it holds the classes of
+    utterances (`.digit`), which need none.
 
     Args:
         path: the `.tsv` file.
@@ -113,7 +114,7 @@ def check_manifest(
     checked_dictionaries: set[Path] = set()
     for labels_file in label_paths:
         symbols = None
-        if labels_file.suffix != ".wrd":
+        if labels_file.suffix != ".wrd" and (dictionary or not _holds_classes(labels_file)):
             dictionary_path = Path(dictionary or labels_file.with_name(f"dict{labels_file.suffix}.txt"))
             symbols, dictionary_faults = parse_dictionary(dictionary_path)
             faults += dictionary_faults if dictionary_path not in checked_dictionaries else []
@@ -125,6 +126,14 @@ def check_manifest(
     if ".wrd" in by_ending and ".ltr" in by_ending:
         faults += manifest_check.spelling_faults(by_ending[".wrd"], by_ending[".ltr"])
     return faults
+
+
+def _holds_classes(label_path: Path) -> bool:
+    """Whether a label file without a dictionary has one word on every line that is not empty."""
+    if label_path.with_name(f"dict{label_path.suffix}.txt").exists():
+        return False
+    lines, faults = read_lines(label_path, "label file")
+    return not faults and any(lines) and all(len(line.split()) <= 1 for line in lines)
 
 
 def validate_for_training(

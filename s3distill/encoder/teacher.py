@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from s3distill import kernels
 from s3distill.encoder.checkpoint import ParsedCheckpoint
 from s3distill.encoder.config import EncoderConfig
 from s3distill.encoder.model import SpeechEncoder
@@ -16,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Teacher:
-    """A frozen encoder in eval mode, run under `inference_mode`, only as deep as asked.
+    """A frozen encoder in eval mode, run under `inference_mode` and in a precision of its own, only as deep as asked.
 
     It is no `nn.Module` on purpose: a task or criterion that holds it adds nothing to checkpoints, DDP or the optimizer.
 
@@ -80,7 +81,8 @@ class Teacher:
             self._encoder.to(source.device)
         if self.normalizes_itself:
             source = normalize_waveforms(source.float(), padding_mask)
-        with torch.inference_mode():
+        # autocast is the student's affair: this one has a precision of its own
+        with torch.inference_mode(), kernels.without_autocast(source.device):
             out = self._encoder(
                 source.to(self.dtype),
                 padding_mask,

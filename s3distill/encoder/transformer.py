@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from s3distill import kernels
 from s3distill.encoder.attention import SelfAttention, attention_mask_from_padding, bert_linear
 from s3distill.encoder.config import EncoderConfig, LayerConfig, TrainingConfig
 from s3distill.encoder.efficient_attention import build_attention
@@ -226,6 +227,8 @@ class Transformer(nn.Module):
             frames, see `reduce_mask`) and each layer's FFN output before the residual (L tensors [B, T, C]). A layer that
             LayerDrop skips repeats its input; its attention map, if a later layer applies it, is that of its input.
         """
+        if kernels.is_autocast(x.device):
+            x = x.float()  # the residual stream, which every layer adds to: only what is added is rounded
         if padding_mask is not None:
             x = x.masked_fill(padding_mask[:, :, None], 0)
         x = x + self.pos_conv(x, padding_mask)

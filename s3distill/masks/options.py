@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +86,10 @@ class MaskOptions:
         _require_choice("init_score", self.init_score, INITS)
         _require_choice("linear_st_op", self.linear_st_op, tuple(LINEAR_ST_OPS))
         _require_choice("mask_pattern", self.mask_pattern, PATTERNS)
-        if self.init_score_scale == 0:
-            raise ValueError("`init_score_scale` divides the weights, so it must not be 0; pass 1")
+        if self.init_score_scale == 0 or not math.isfinite(self.init_score_scale):
+            raise ValueError(
+                f"`init_score_scale` divides the weights, so it must be finite and not 0, but is {self.init_score_scale}; pass 1"
+            )
         if self.fc_attn_prune_rate and len(self.fc_attn_prune_rate) != 2:
             raise ValueError(
                 f"`fc_attn_prune_rate` must be [fc, attention], two kept fractions, but has {len(self.fc_attn_prune_rate)}; pass e.g. "
@@ -97,6 +100,14 @@ class MaskOptions:
                 "`layerwise_prune_rate` and `fc_attn_prune_rate` both say how much of a layer is kept; leave one of them empty ([])"
             )
         others = self._masked_outside_layers()
+        if self.layerwise_prune_rate and set(others) - {
+            "post_extract_proj"
+        }:  # masked by default, and left whole as in S3-Router
+            named = [f"no_prune_{other}" for other in others if other != "post_extract_proj"]
+            raise ValueError(
+                f"`layerwise_prune_rate` leaves what is outside of the layers whole, but {', '.join(f'{n}=false' for n in named)} would "
+                f"mask it; set {', '.join(f'{n}=true' for n in named)}, or use prune_rate"
+            )
         if self.fc_attn_prune_rate and others:
             raise ValueError(
                 f"`fc_attn_prune_rate` says nothing about other modules, but {', '.join(others)} would be masked too; set "
@@ -181,6 +192,11 @@ class MaskOptions:
                 f"`layerwise_prune_rate` must have one kept fraction for each of the {config.num_layers} encoder layers, but has "
                 f"{len(self.layerwise_prune_rate)}; [] means prune_rate everywhere"
             )
+        for name in ("fix_mask_before", "load_mask_before"):
+            if getattr(self, name) > config.num_layers:
+                raise ValueError(
+                    f"`{name}` names a layer and must be at most {config.num_layers}, the encoder's layers, but is {getattr(self, name)}"
+                )
         densities = dict(self._outside(config, in_front=True))
         for i, layer in enumerate(config.layers):
             prefix = f"{ENCODER}.encoder.layers.{i}"

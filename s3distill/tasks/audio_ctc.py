@@ -11,8 +11,10 @@ from typing import Any, Optional
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary
+from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_finetuning import AudioFinetuningConfig, AudioFinetuningTask
+from omegaconf import II
 from torch import Tensor
 
 from s3distill.data.manifest import read_dictionary, read_labels
@@ -22,6 +24,7 @@ from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.scoring.s3_wer import S3WerScorer
 from s3distill.tasks._audio import check_split, set_root
+from s3distill.tasks._autocast import AUTOCAST_DTYPES, AutocastSteps, check_autocast
 from s3distill.tasks._bank_model import BankModel, dictionary_of, open_entry
 
 logger = logging.getLogger(__name__)
@@ -35,10 +38,20 @@ class AudioCtcConfig(AudioFinetuningConfig):
         default=None, metadata={"help": "decoding: lay masks of this bank over the model of --path, their backbone"}
     )
     mask_name: Optional[str] = field(default=None, metadata={"help": "entry of mask_bank, e.g. nl"})
+    autocast_dtype: ChoiceEnum(list(AUTOCAST_DTYPES)) = field(  # type: ignore[valid-type]
+        default="none",
+        metadata={
+            "help": "bfloat16: matrix products of the model in bfloat16, on CPU and GPU; parameters and the loss stay "
+            "float32. Not beside common.fp16, bf16 or amp"
+        },
+    )
+    fp16: bool = II("common.fp16")
+    bf16: bool = II("common.bf16")
+    amp: bool = II("common.amp")
 
 
 @register_task("audio_ctc", dataclass=AudioCtcConfig)
-class AudioCtcTask(AudioFinetuningTask):
+class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
     """fairseq's `audio_finetuning` with manifests checked before training, relative roots, and greedy decoding."""
 
     cfg: AudioCtcConfig
@@ -48,6 +61,7 @@ class AudioCtcTask(AudioFinetuningTask):
             raise ValueError(
                 "`task.labels` must name the label files' ending, but is empty; pass task.labels=ltr (--labels ltr)"
             )
+        check_autocast(cfg)
         super().__init__(cfg)
         self.bank = open_entry(cfg.mask_bank, cfg.mask_name)
         self.frames_of: Any = None  # of a model in training: samples -> frames

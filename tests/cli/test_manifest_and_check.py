@@ -158,6 +158,27 @@ def test_check_prints_each_fault_and_returns_1(audio, capsys):
     assert "no.txt: the dictionary must be a readable file" in capsys.readouterr().out
 
 
+def test_classes_of_utterances_need_no_dictionary(audio, capsys):
+    assert manifest(audio, "--valid-fraction", "0.2") == 0
+    train = audio.parent / "out/train.tsv"
+    classes = train.with_suffix(".digit")
+    classes.write_text("seven\none\n" * 4)
+    assert check(train, "--labels", "digit") == 0
+    classes.write_text("seven\n\n" * 3 + "one\n")
+    capsys.readouterr()
+    assert check(train, "--labels", "digit") == 1
+    listed = capsys.readouterr().out
+    assert "train.digit:2: a label line must not be empty" in listed
+    assert "must have a line for each of the 8 utterances" in listed and "it has 7" in listed
+    classes.write_text("seven one\n" * 8)
+    assert check(train, "--labels", "digit") == 1, "several symbols a line are no classes"
+    assert "dict.digit.txt" in capsys.readouterr().out
+    classes.write_text("seven\n" * 8)
+    (train.parent / "dict.digit.txt").write_text("one 1\n")
+    assert check(train, "--labels", "digit") == 1, "a dictionary that is there counts"
+    assert "'seven'" in capsys.readouterr().out
+
+
 def test_the_example_that_ships_is_faultless(capsys):
     assert check(EXAMPLE) == 0
     assert "example.tsv: 3 utterances, 0.00 hours, no faults (audio, ltr, wrd checked)" in capsys.readouterr().out

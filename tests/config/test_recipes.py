@@ -139,7 +139,7 @@ def test_paths_mean_what_was_typed_and_outputs_stay_together(recipe: Path) -> No
     raw, cfg = OmegaConf.load(recipe), compose(recipe)
     assert raw.hydra.job.chdir is False
     assert cfg.common.user_dir == "s3distill"
-    assert cfg.checkpoint.save_dir == "run_dir/checkpoints"
+    assert Path(cfg.checkpoint.save_dir).is_absolute() and cfg.checkpoint.save_dir.endswith("/run_dir/checkpoints")
     assert cfg.task.data == "given/task.data"
     folders = {other: flat(OmegaConf.load(other))["hydra.run.dir"] for other in RECIPES}
     same_folder = [name_of(other) for other in RECIPES if folders[other] == folders[recipe]]
@@ -278,9 +278,10 @@ def test_the_files_of_all_families_differ_in_the_declared_keys_only() -> None:
             values = flat(OmegaConf.load(distill_recipe(family, stage)))
             assert list(values) == list(reference[stage]), f"{family}, stage {stage}: other keys, or in another order"
             differing = {key for key in values if values[key] != reference[stage][key]}
-            assert differing <= {"hydra.run.dir", "task.normalize", "model.distill_layers"}
-    differing = {key for key in reference[1] if reference[1][key] != reference[2][key]}
+            assert differing <= {"hydra.run.dir", "hydra.sweep.dir", "task.normalize", "model.distill_layers"}
+    differing = {key for key in reference[1] if reference[1][key] != reference[2].get(key)}
     assert differing == {
+        *("hydra.sweep.dir", "hydra.sweep.subdir"),
         *("hydra.run.dir", "criterion.target_sparsity", "criterion.sparsity_warmup", "optimization.max_update"),
         *("optimization.lr", "lr_scheduler.warmup_updates", "model.student_path", "model.prune_units"),
     }
@@ -501,8 +502,42 @@ def test_the_example_runs_from_start_to_end(corpus: Path, tmp_path: Path, binari
     assert again.count("done before") == 6
 
 
-def test_the_example_says_what_it_needs(binaries: dict[str, str]) -> None:
+@pytest.mark.slow
+def test_the_sweep_trains_each_size_and_reports(corpus: Path, tmp_path: Path, binaries: dict[str, str]) -> None:
+    """examples/dphubert/sweep.sh: stage 1 by hydra's multirun, then one size after the other to its end."""
+    teacher = write_teacher(tmp_path / "teacher.pt", "hubert_base")
+    script, out = ROOT / "examples" / "dphubert" / "sweep.sh", tmp_path / "out"
+    env = binaries | {
+        **{"DATA": str(corpus), "TEACHER": str(teacher), "OUT": str(out), "SPARSITIES": "0.3 0.6"},
+        "ARGS": " ".join(option for option in SMALL_RUN if "warmup" not in option and "target_sparsity" not in option),
+        "STAGE1_ARGS": "task.teacher_dtype=float32 lr_scheduler.warmup_updates=0 model.gate_init_drop=0.3",
+    }
+    run([script], env)
+    jobs = [out / "stage1" / f"sparsity_{sparsity}" for sparsity in ("0.3", "0.6")]
+    for job in jobs:
+        assert (job / "checkpoints" / "checkpoint_last.pt").is_file()
+        assert compat.load_checkpoint(job / "checkpoints" / "checkpoint_last.pt")["cfg"]["criterion"][
+            "target_sparsity"
+        ] == float(job.name.removeprefix("sparsity_"))
+    rows = (out / "report.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["name", "teacher", "sparsity_0.3", "sparsity_0.6"]
+
+    labelled = {
+        **{"LABELLED": str(corpus), "TEST": "valid", "FINETUNE": "librispeech_10h", "DECODE_ARGS": "--cpu"},
+        "STAGE2_ARGS": "task.teacher_dtype=float32 lr_scheduler.warmup_updates=0",
+        "FINETUNE_ARGS": "optimization.max_update=2 dataset.valid_subset=valid model.mask_channel_length=8",
+    }
+    again = run([script], env | labelled)
+    assert "[sweep] done before" in again
+    rows = [row.split(",") for row in (out / "report.csv").read_text().splitlines()]
+    assert rows[0][5] == "wer" and all(float(row[5]) > 0 for row in rows[2:]), "decoded"
+
+
+@pytest.mark.parametrize(
+    ("script", "usage"), [("run.sh", "DATA=DIR TEACHER=FILE LABELLED=DIR"), ("sweep.sh", "DATA=DIR TEACHER=FILE")]
+)
+def test_the_example_says_what_it_needs(script: str, usage: str, binaries: dict[str, str]) -> None:
     done = subprocess.run(
-        [ROOT / "examples" / "dphubert" / "run.sh"], env={"PATH": binaries["PATH"]}, capture_output=True, text=True
+        [ROOT / "examples" / "dphubert" / script], env={"PATH": binaries["PATH"]}, capture_output=True, text=True
     )
-    assert done.returncode == 2 and "usage: DATA=DIR TEACHER=FILE LABELLED=DIR" in done.stderr
+    assert done.returncode == 2 and f"usage: {usage}" in done.stderr

@@ -214,7 +214,7 @@ def test_an_ablation_changes_what_it_says(name: str, stage: int) -> None:
     assert before.keys() == after.keys() and "checkpoint.save_dir" in changed
     follow = {"lr_scheduler.total_num_update", "task.train_subset"}  # interpolations
     assert changed <= set(raw) | follow
-    assert raw.pop("checkpoint.save_dir") == f"${{hydra:run.dir}}/{name}"
+    assert raw.pop("checkpoint.save_dir") == f"${{hydra:runtime.output_dir}}/{name}"
     assert all(after[key] == value for key, value in raw.items()) and raw
 
 
