@@ -201,7 +201,13 @@ def test_a_student_composes_and_every_key_is_an_option(name: str) -> None:
 
 def test_outputs_of_students_do_not_meet() -> None:
     folder = flat(OmegaConf.load(DISTILL / "student.yaml"))["hydra.run.dir"]
-    assert folder == "outputs/${hydra:runtime.choices.student}"
+    found = [
+        compose("student", f"student={name}", f"hydra.run.dir={folder}").checkpoint.save_dir
+        for name in ("fithubert", "albert")
+    ]
+    assert [Path(folder).parts[-3:] for folder in found] == [
+        ("outputs", name, "checkpoints") for name in ("fithubert", "albert")
+    ]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
