@@ -7,6 +7,7 @@ MACs: `LatencyTable` is called with the config and the open structures, like `co
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,8 +120,11 @@ class LatencyTable:
             ValueError: ``config`` is not the one that was measured.
         """
         self.check_config(config)
-        scale = self.whole_s / float(self._sum(GateCounts.full(self.config)))
-        return self._sum(counts) * (scale / self.audio_s)
+        return self._sum(counts) * (self._scale / self.audio_s)
+
+    @functools.cached_property
+    def _scale(self) -> float:
+        return self.whole_s / float(self._sum(GateCounts.full(self.config)))
 
     def breakdown(self, counts: GateCounts) -> dict[str, float]:
         """Seconds by part, unscaled."""

@@ -214,7 +214,7 @@ def _adopt(config: EncoderConfig, state: dict[str, Tensor], source: str) -> Spee
     """An encoder around tensors that are there already; nothing is drawn or copied, except to make them float32."""
     with torch.device("meta"):
         encoder = SpeechEncoder(config)
-        if config.pos_conv_depth == 1:
+        if config.pos_conv_depth == 1 and config.pos_conv_shape is None:  # of a pruned one nothing can be masked
             encoder.encoder.pos_conv[0] = MaskableConv(config.embed_dim, config.pos_conv_kernel, config.pos_conv_groups)
     encoder.load_encoder_state(state, source)  # checks names, shapes and values; copying to the meta device is nothing
     encoder.load_state_dict({name: state[name].detach().float() for name in encoder.state_dict()}, assign=True)

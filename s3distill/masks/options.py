@@ -245,6 +245,11 @@ class MaskOptions:
         if not self.no_prune_post_extract_proj and config.project_features:
             yield f"{ENCODER}.post_extract_proj", density
         if not self.no_prune_pos:
+            if config.pos_conv_shape is not None:
+                raise ValueError(
+                    "`no_prune_pos` must be true where pruning left groups of different sizes in the positional convolution: they have no "
+                    "masked form"
+                )
             for i in range(config.pos_conv_depth):
                 suffix = "" if config.pos_conv_depth == 1 else ".0"
                 yield f"{ENCODER}.encoder.pos_conv.{i}{suffix}", density

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3distill.encoder.config import EncoderConfig, LayerConfig, parse_conv_layers, uniform_layers
+from s3distill.encoder.pos_shape import PosConvShape
 from s3distill.masks.options import MaskOptions, layer_of
 from s3distill.masks.scores import INITS
 from s3distill.masks.selection import PATTERNS
@@ -364,3 +365,10 @@ def test_the_models_options_are_these() -> None:
         assert (() if field.name.endswith("prune_rate") and default is None else default) == field.default, field.name
     help_of = MODEL_DATACLASS_REGISTRY["wav2vec_ctc_st"].__dataclass_fields__
     assert all(help_of[f.name].metadata.get("help") for f in dataclasses.fields(MaskOptions))
+
+
+def test_a_pruned_positional_convolution_has_no_masked_form() -> None:
+    cut = config(pos_conv_shape=PosConvShape((9, 8, 8, 7), (), tuple(range(32))))
+    assert POS not in masked(MaskOptions(), cut)
+    with pytest.raises(ValueError, match="`no_prune_pos` must be true where pruning left groups of different sizes"):
+        MaskOptions(no_prune_pos=False).rules(cut)

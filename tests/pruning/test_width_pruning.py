@@ -11,10 +11,12 @@ import torch
 
 from s3distill.encoder.config import EncoderConfig, parse_conv_layers, uniform_layers
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.options import config_from_options, options_from_config
 from s3distill.encoder.pos_shape import pos_conv_outputs
 from s3distill.gates import UNITS, GateCounts, GateSet, count_macs_per_second, count_parameters
 from s3distill.gates.values import GateValues
 from s3distill.heads import HeadsConfig, TeacherHeads
+from s3distill.masks.masked_model import _adopt
 from s3distill.pruning import compare, plan_from_gates
 from s3distill.pruning.plan import Kept
 from s3distill.pruning.width import cut_heads
@@ -96,6 +98,19 @@ def test_pruned_equals_masked_and_costs_what_was_counted(family: str, units: str
     assert count_macs_per_second(encoder.config, counts) == count_macs_per_second(compact.config, counts)
     assert num_parameters(compact) < num_parameters(encoder)
     assert EncoderConfig.from_json(compact.config.to_json()) == compact.config
+    options = options_from_config(compact.config, "wavlm" if encoder.config.position_buckets else "wav2vec2", False)
+    assert config_from_options(options, options["_name"]) == compact.config
+
+
+@pytest.mark.parametrize("family", ["wav2vec2_base", "data2vec", "wavlm_large"])
+def test_a_cut_encoder_builds_on_the_meta_device(family: str) -> None:
+    """As the backbone of a mask bank does: what no checkpoint holds is filled in."""
+    encoder = make_encoder(FAMILIES[family])
+    compact = prune(encoder, all_gates(encoder.config))
+    adopted = _adopt(compact.config, dict(compact.named_parameters()), "the cut encoder")
+    source, padding_mask = padded_batch()
+    with torch.no_grad():
+        assert torch.equal(adopted(source, padding_mask).x, compact(source, padding_mask).x)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
