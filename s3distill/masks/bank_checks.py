@@ -13,7 +13,7 @@ from s3distill.masks.selection import PATTERNS
 WEIGHTS_DTYPES = ("float32", "float16", "bfloat16")
 KINDS = ("ctc", "classification")
 MODULE_NAME = re.compile(rf"{HEAD}|{ENCODER}(\.\w+)+", re.ASCII)
-TENSOR_NAME = re.compile(rf"({HEAD}|{ENCODER})(\.\w+)+", re.ASCII)
+TENSOR_NAME = re.compile(rf"{HEAD}\.(weight|bias)|{ENCODER}(\.\w+)+", re.ASCII)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a file's name, a word of a shell and a part of a tensor's name
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -88,7 +88,7 @@ def check_names(what: str, names: Any, rule: re.Pattern[str]) -> None:
     wrong = [name for name in names if not rule.fullmatch(name)]
     if wrong:
         raise ValueError(
-            f"the {what} of an entry must be of the encoder ({ENCODER}.) or the head ({HEAD}), but {wrong[0]!r} is neither"
+            f"the {what} of an entry must be of the encoder ({ENCODER}.) or the head ({HEAD}), but are also {wrong[:3]!r}"
         )
 
 

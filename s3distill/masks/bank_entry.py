@@ -46,7 +46,9 @@ class BankEntry:
             raise ValueError(f"an entry must have masks or trained tensors, but {self.name!r} has neither")
         foreign = [name for name, tensor in self.tensors.items() if not tensor.dtype.is_floating_point]
         if foreign:
-            raise ValueError(f"trained tensors must be floating point, but {', '.join(foreign[:3])} in {self.name!r} are not")
+            raise ValueError(
+                f"trained tensors must be floating point, but {', '.join(foreign[:3])} in {self.name!r} are not"
+            )
         try:
             json.dumps(self.info)
         except (TypeError, ValueError) as error:

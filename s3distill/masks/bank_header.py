@@ -150,7 +150,9 @@ class Header:
             check_name(name)
             for module, layout in entry.masks.items():
                 # the head is no part of the backbone: its mask has to fit its weight
-                if layout.num_values > self.num_parameters and not (module == HEAD and f"{HEAD}.weight" in entry.tensors):
+                if layout.num_values > self.num_parameters and not (
+                    module == HEAD and f"{HEAD}.weight" in entry.tensors
+                ):
                     raise ValueError(
                         f"the mask of {module} in {name!r} must not be larger than the backbone, which has {self.num_parameters} "
                         f"parameters, but has the shape {layout.shape}"

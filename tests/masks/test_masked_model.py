@@ -295,13 +295,88 @@ def test_an_entry_that_does_not_fit_changes_nothing(
     masks: dict[str, Tensor], tensors: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:
     wrong = dataclasses.replace(make_entry("bad"), masks=masks, tensors=tensors, symbols=None)
-    bank = MaskBank.create(tmp_path / "bank", backbone_checksum(BACKBONE.encoder_state), NUM_PARAMETERS, [ENTRIES["nl"], wrong])
-    model = MaskedModel.load(BACKBONE, bank).use("nl")
+    bank = MaskBank.create(
+        tmp_path / "bank", backbone_checksum(BACKBONE.encoder_state), NUM_PARAMETERS, [ENTRIES["nl"], wrong]
+    )
+    message = rf"'bad' in mask bank .* does not fit the backbone: .*{message}"
+    assert_refused_without_a_trace(MaskedModel.load(BACKBONE, bank).use("nl"), message)
+
+
+HEAD = {"proj.weight": torch.ones(7, 12), "proj.bias": torch.ones(7)}
+
+
+@pytest.mark.parametrize(
+    ("masks", "tensors", "message"),
+    [
+        ({}, HEAD, r"proj\.weight of shape \(7, 12\) instead of \(7, 16\)"),
+        ({"proj": torch.ones(7, 16, dtype=torch.bool)}, {}, "proj.weight of shape .* instead of nothing of that name"),
+        ({"w2v_model.encoder.layers.0.fc1.weight": torch.ones(2, 2, dtype=torch.bool)}, {}, "nothing of that name"),
+    ],
+)
+def test_a_head_that_does_not_fit_changes_nothing(
+    masks: dict[str, Tensor], tensors: dict[str, Tensor], message: str, tmp_path: Path
+) -> None:
+    """It comes last in an entry, but must be looked at before the first weight is exchanged."""
+    entry = make_entry("bad", 9)
+    own = (
+        {}
+        if "proj" in masks
+        else {"proj.weight": entry.tensors["proj.weight"], "proj.bias": entry.tensors["proj.bias"]}
+    )
+    tensors = {"w2v_model.mask_emb": entry.tensors["w2v_model.mask_emb"], **own, **tensors}
+    wrong = dataclasses.replace(entry, masks=entry.masks | masks, tensors=tensors)
+    bank = MaskBank.create(
+        tmp_path / "bank", backbone_checksum(BACKBONE.encoder_state), NUM_PARAMETERS, [ENTRIES["nl"], wrong]
+    )
+    assert_refused_without_a_trace(MaskedModel.load(BACKBONE, bank).use("nl"), rf"'bad' .*does not fit.* {message}")
+
+
+def assert_refused_without_a_trace(model: MaskedModel, message: str) -> None:
     before = [t.clone() for _, t in weights_of(model)]
-    with pytest.raises(ValueError, match=rf"'bad' in mask bank .* does not fit the backbone: .*{message}"):
+    with pytest.raises(ValueError, match=message):
         model.use("bad")
     assert model.name == "nl" and model.symbols == SYMBOLS
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, weights_of(model), strict=True))
+
+
+def test_a_damaged_entry_changes_nothing(tmp_path: Path) -> None:
+    bank = MaskBank.create(
+        tmp_path / "bank",
+        backbone_checksum(BACKBONE.encoder_state),
+        NUM_PARAMETERS,
+        [ENTRIES["nl"], make_entry("bad", 9)],
+    )
+    contents = bytearray(bank.path.read_bytes())
+    mask = bank._handle.get_tensor(f"bad/mask/{FFN[1]}").numpy().tobytes()
+    assert contents.count(mask) == 1
+    contents[contents.index(mask)] ^= 8
+    bank.path.write_bytes(contents)
+    model = MaskedModel.load(BACKBONE, MaskBank.open(bank.path)).use("nl")
+    assert_refused_without_a_trace(model, r"'bad' in mask bank .* is damaged: its bytes must be those that were packed")
+
+
+def test_a_switch_that_is_interrupted_leaves_no_half_language(
+    model: MaskedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it happens; the backbone is whole, so the next switch gives a whole language."""
+    backbone = {k: v.clone() for k, v in BACKBONE.encoder_state.items()}
+    expected = [t.clone() for _, t in weights_of(model.use("fr"))]
+    empty_like, calls = torch.empty_like, iter(range(100))
+
+    def fail_once(tensor: Tensor) -> Tensor:
+        if next(calls) == 5:
+            raise MemoryError
+        return empty_like(tensor)
+
+    model.use("nl")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "empty_like", fail_once)
+        model.use("half")
+    with pytest.raises(RuntimeError, match=r"has none yet; call \.use\(name\)"):
+        model(*batch())
+    model.use("fr")
+    assert all(torch.equal(a, b) for a, (_, b) in zip(expected, weights_of(model), strict=True))
+    assert all(torch.equal(backbone[k], v) for k, v in BACKBONE.encoder_state.items())
 
 
 _WITHOUT_FAIRSEQ = """
