@@ -12,26 +12,20 @@ not scaled, which time does not depend on.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import copy
 import functools
 import itertools
-import json
-import multiprocessing
-import platform
-import resource
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timing
 import torch
 import torch.nn.functional as F
+from timing import least_seconds, progress
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
@@ -75,21 +69,8 @@ SORTED_FFN = Form("sort per forward, FFN", {**ALL_LINEARS, "fix_attn": True}, so
 FORMS = (DENSE, MASKED, MASKED_FFN, SORTED, SORTED_FFN)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Where and how large; ``small`` is a toy that shows that everything runs."""
-
-    device: str = "cpu"
-    dtype: str = "float32"
-    threads: int = 2
-    clock: str = "wall"
-    repeats: int = 7
-    small: bool = False
-
-    @property
-    def slow_repeats(self) -> int:
-        """Of what sorts, which takes several times as long."""
-        return max(1, self.repeats // 3)
+class Settings(timing.Settings):
+    """The shapes."""
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -109,11 +90,6 @@ class Settings:
             return EncoderConfig(convs, 64, uniform_layers(2, 4, 16, 128), pos_conv_kernel=16, pos_conv_groups=4)
         convs = parse_conv_layers("[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2")
         return EncoderConfig(convs, 768, uniform_layers(12, 12, 64, 3072))
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device, getattr(torch, self.dtype))
 
 
 @dataclass
@@ -139,43 +115,6 @@ class Row:
 def rows(section: str, values: Mapping[str, float], unit: str, limits: Mapping[str, float] | None = None) -> list[Row]:
     first = next(iter(values.values()))
     return [Row(section, name, value, unit, value / first, (limits or {}).get(name)) for name, value in values.items()]
-
-
-def seconds(run: Callable[[], Any], settings: Settings) -> float:
-    if settings.device != "cuda":
-        clock = time.process_time if settings.clock == "cpu" else time.perf_counter
-        start = clock()
-        run()
-        return clock() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000  # milliseconds
-
-
-def least_seconds(
-    section: str, runs: Mapping[str, Callable[[], Any]], settings: Settings, slow: tuple[str, ...] = ()
-) -> dict[str, float]:
-    """The least of several timings of each, taken in turns; what is ``slow`` is warmed up by its own first repeat."""
-    for name, run in runs.items():
-        if name not in slow:
-            run()
-    least = dict.fromkeys(runs, float("inf"))
-    for repeat in range(settings.repeats):
-        for name, run in runs.items():
-            if name in slow and repeat >= settings.slow_repeats:
-                continue
-            taken = seconds(run, settings)
-            least[name] = min(least[name], taken)
-            progress(f"{section}, repeat {repeat + 1} of {settings.repeats}: {name}: {taken:.4f} s")
-    return least
-
-
-def progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class SortedMask(torch.autograd.Function):
@@ -382,22 +321,16 @@ def measure_memory(settings: Settings) -> list[Row]:
     """Peak of two training steps of each form, in a process of its own, forked while this one has not done anything yet."""
     peaks = {}
     for form in FORMS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
-            peaks[form.name] = process.submit(peak_memory, form, settings).result()
+        peaks[form.name] = timing.in_own_process(peak_memory, form, settings)
         progress(f"memory: {form.name}: {peaks[form.name]:.0f} MiB")
-    what = "allocated on the GPU" if settings.device == "cuda" else "resident, libraries included"
-    return rows(f"peak memory of training at update_freq 1, {what}", peaks, "MiB")
+    return rows(f"peak memory of training at update_freq 1, {timing.memory_of_what(settings)}", peaks, "MiB")
 
 
 def peak_memory(form: Form, settings: Settings) -> float:
-    """MiB, of this process: `torch.cuda.max_memory_allocated`, or the largest resident set (getrusage)."""
     training = Training(form, settings)
     for _ in range(2):
         training.step(1)
-    if settings.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**10 if sys.platform == "linux" else 1  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return timing.peak_memory(settings)
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -424,40 +357,18 @@ def print_table(found: list[Row], checks: Mapping[str, bool]) -> None:
         print(f"  {name:<56} {'PASS' if same else 'FAIL'}")
 
 
-def environment(settings: Settings) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine()
-    return {**asdict(settings), "torch": torch.__version__, "python": platform.python_version(), "machine": device}
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor time of this process, for a machine that does other things too; with --threads 1, since threads that "
-        "wait for each other use the processor",
-    )
-    parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--repeats", type=int, default=7, help="of what sorts, a third of them")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = timing.parser((__doc__ or "").splitlines()[0], repeats="of what sorts, a third of them")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of autocast")
-    parser.add_argument("--small", action="store_true", help="a toy in seconds; its ratios mean nothing")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if anything fails")
-    parser.add_argument(
-        "--memory-of", type=int, metavar="FORM", help="print one form's peak memory in MiB, nothing else"
-    )
     options = parser.parse_args()
     settings = Settings(options.device, options.dtype, options.threads, options.clock, options.repeats, options.small)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     found = measure(settings)
     print_table(found["rows"], found["checks"])
-    if options.json is not None:
-        as_dicts = [asdict(row) for row in found["rows"]]
-        values = {"environment": environment(settings), "rows": as_dicts, "checks": found["checks"]}
-        options.json.write_text(json.dumps(values, indent=2) + "\n")
+    as_dicts = [asdict(row) for row in found["rows"]]
+    values = {"environment": timing.environment(settings), "rows": as_dicts, "checks": found["checks"]}
+    timing.write_json(options.json, values)
     passed = all(found["checks"].values()) and not any(row.passed is False for row in found["rows"])
     return int(options.check and not passed)
 

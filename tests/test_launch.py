@@ -113,7 +113,7 @@ def test_ranks_of_torchrun_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_precision_on_a_cpu_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with with_gpus(0), caplog.at_level(logging.WARNING):
         launch.check_devices(devices(1, fp16=True, fp16_no_flatten_grads=True))
-    assert "common.fp16 on a CPU is slow and rounds; pass common.fp16=false" in caplog.text
+    assert "common.fp16 on a CPU is slow and stops at the first overflow; pass common.fp16=false" in caplog.text
 
 
 def test_a_configuration_without_these_sections_passes() -> None:
@@ -324,7 +324,9 @@ def test_what_must_be_given(tmp_path: Path, key: str) -> None:
         check_files(complete(tmp_path, **{key.replace(".", "__"): "???"}))
 
 
-@pytest.mark.parametrize("key", ["model.w2v_path", "task.data", "checkpoint.finetune_from_model"])
+@pytest.mark.parametrize(
+    "key", ["model.w2v_path", "task.data", "checkpoint.finetune_from_model", "checkpoint.restore_file"]
+)
 def test_what_must_exist(tmp_path: Path, key: str) -> None:
     with pytest.raises(FileNotFoundError, match=rf"`{re.escape(key)}` must name what exists, but there is no nowhere"):
         check_files(complete(tmp_path, **{key.replace(".", "__"): "nowhere"}))

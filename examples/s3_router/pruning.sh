@@ -25,6 +25,9 @@ USAGE
 fi
 export METHODS=${METHODS:-s3_router omp imp parp} SPARSITIES=${SPARSITIES:-50 70 80} UPDATES=${UPDATES:-200} TEST=${TEST:-test}
 export OUT=${OUT:-outputs/s3_router_pruning} JOBS=${JOBS:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+for sparsity in $SPARSITIES; do
+    [[ $sparsity =~ ^[1-9][0-9]?$ ]] || { echo "SPARSITIES must be whole percents from 1 to 99, but has $sparsity" >&2; exit 2; }
+done
 mkdir -p "$OUT/logs"
 log=
 trap '(($? == 0)) || [[ ! -s $log ]] || { tail -n 20 "$log"; echo "failed; all of its output is in $log"; } >&2' EXIT

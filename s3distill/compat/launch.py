@@ -76,6 +76,13 @@ def check_devices(cfg: DictConfig) -> None:
     options = cfg.get("distributed_training") or {}
     method, world_size = options.get("distributed_init_method"), options.get("distributed_world_size")
     num_gpus = torch.cuda.device_count()
+    common = cfg.get("common") or {}
+    if num_gpus == 0 and common.get("fp16") and not common.get("tpu"):
+        if not (common.get("fp16_no_flatten_grads") or common.get("memory_efficient_fp16")):
+            raise RuntimeError(
+                "common.fp16 gathers its gradients on a GPU, but there is no GPU here; pass common.fp16=false to train on the CPU"
+            )
+        logger.warning("common.fp16 on a CPU is slow and stops at the first overflow; pass common.fp16=false")
     if options.get("distributed_no_spawn"):
         return  # the ranks are started one by one
     launched = all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
@@ -91,13 +98,6 @@ def check_devices(cfg: DictConfig) -> None:
             f"distributed_training.distributed_world_size is {world_size}, but {visible} visible, so {num_gpus} would wait for the others "
             f"for ever; pass distributed_training.distributed_world_size={num_gpus}, or make more GPUs visible"
         )
-    common = cfg.get("common") or {}
-    if num_gpus == 0 and common.get("fp16") and not common.get("tpu"):
-        if not (common.get("fp16_no_flatten_grads") or common.get("memory_efficient_fp16")):
-            raise RuntimeError(
-                "common.fp16 gathers its gradients on a GPU, but there is no GPU here; pass common.fp16=false to train on the CPU"
-            )
-        logger.warning("common.fp16 on a CPU is slow and rounds; pass common.fp16=false")
 
 
 def leave_out_foreign_options(cfg: DictConfig) -> None:

@@ -111,7 +111,10 @@ def _know_starts() -> None:
 
     def load_checkpoint(self: Any, filename: str, *values: Any, **options: Any) -> Any:
         global _starting
-        _starting = filename == self.cfg.checkpoint.finetune_from_model
+        cfg = self.cfg.checkpoint
+        restored = filename == cfg.restore_file != "checkpoint_last.pt" and cfg.reset_optimizer
+        _starting = filename == cfg.finetune_from_model or restored
+        _require_start(self.cfg.model, filename)
         forget_last_run()
         try:
             return stock(self, filename, *values, **options)
@@ -119,6 +122,18 @@ def _know_starts() -> None:
             _starting = False
 
     Trainer.load_checkpoint = load_checkpoint
+
+
+def _require_start(model: Any, filename: str) -> None:
+    """Refuses options that are about what is loaded, where nothing is; fairseq would go on with what was built."""
+    if os.path.exists(filename):
+        return
+    wanted = [name for name in ("eval_only", "load_mask_only", "load_mask_before") if getattr(model, name, None)]
+    if wanted:
+        raise ValueError(
+            f"`model.{wanted[0]}` is about a trained model, but there is none to load: no file {filename}; pass "
+            "checkpoint.finetune_from_model=RUN.pt"
+        )
 
 
 def forget_last_run() -> None:

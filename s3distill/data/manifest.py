@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from s3distill.data import manifest_check
@@ -83,13 +83,14 @@ def check_manifest(
     dictionary: PathLike | None = None,
     max_workers: int = 4,
     progress: bool = True,
+    frames_of: Callable[[int], int] = manifest_check.num_frames,
 ) -> list[Fault]:
     """Checks a manifest with its audio, labels and dictionary, and lists everything that is wrong.
 
     Checked: every line; every audio file (there, readable to its end, 16 kHz, mono, of the stated length, long enough
-    for a frame); number of label lines, empty ones, symbols that the dictionary lacks, lines too long for CTC at 50 Hz,
-    letters that do not spell the words. A label file with one word on every line and no dictionary beside it holds the
-    classes of utterances (`.digit`), which need none.
+    for a frame); number of label lines, empty ones, symbols that the dictionary lacks, lines too long for CTC, letters that
+    do not spell the words. A label file with one word on every line and no dictionary beside it holds the classes of
+    utterances (`.digit`), which need none.
 
     Args:
         path: the `.tsv` file.
@@ -97,6 +98,7 @@ def check_manifest(
         dictionary: dictionary of the label files other than `.wrd`; by default ``dict.ENDING.txt`` beside them.
         max_workers: threads that read audio headers.
         progress: show a progress bar.
+        frames_of: samples -> frames of the model that is to be trained with CTC; the standard extractor's 50 Hz.
     Returns:
         The faults, in the order of the files and lines; empty where all is well.
     """
@@ -117,9 +119,9 @@ def check_manifest(
             symbols, dictionary_faults = parse_dictionary(dictionary_path)
             faults += dictionary_faults if dictionary_path not in checked_dictionaries else []
             checked_dictionaries.add(dictionary_path)
-        is_spelled = symbols is not None
+        fits = None if symbols is None else frames_of
         # Without one readable symbol the dictionary's own fault is enough: every label would be unknown.
-        faults += manifest_check.label_faults(manifest, labels_file, symbols or None, check_frames=is_spelled)
+        faults += manifest_check.label_faults(manifest, labels_file, symbols or None, fits)
     by_ending = {labels_file.suffix: labels_file for labels_file in label_paths}
     if ".wrd" in by_ending and ".ltr" in by_ending:
         faults += manifest_check.spelling_faults(by_ending[".wrd"], by_ending[".ltr"])
@@ -141,6 +143,7 @@ def validate_for_training(
     probe_audio: int = 8,
     min_samples: int = 0,
     max_workers: int = 8,
+    frames_of: Callable[[int], int] | None = None,
 ) -> Manifest:
     """The fast checks before training starts; raises one `ValueError` with the first faults.
 
@@ -154,6 +157,7 @@ def validate_for_training(
         probe_audio: number of audio files, spread over the manifest, whose rate, channels and length are checked.
         min_samples: refuse shorter utterances; 0 where the task leaves them out itself.
         max_workers: threads that look for files.
+        frames_of: samples -> frames of a model that is trained with CTC, which the label lines must fit; None leaves it open.
     Returns:
         The manifest.
     """
@@ -170,11 +174,12 @@ def validate_for_training(
         symbols, dictionary_faults = parse_dictionary(dict_path)
         faults += dictionary_faults
     if label_path is not None and manifest.entries:
-        faults += manifest_check.label_faults(manifest, Path(label_path), symbols or None, check_frames=False)
+        faults += manifest_check.label_faults(manifest, Path(label_path), symbols or None, frames_of)
     if faults:
         listed = "\n  ".join(map(str, faults[:MAX_LISTED_FAULTS]))
         more = len(faults) - MAX_LISTED_FAULTS
-        rest = f"\n  and {more} more; `s3distill check {os.fspath(manifest_path)}` lists all" if more > 0 else ""
+        command = f"s3distill check {os.fspath(manifest_path)}{'' if frames_of is None else ' --model STUDENT.pt'}"
+        rest = f"\n  and {more} more; `{command}` lists all" if more > 0 else ""
         raise ValueError(f"{os.fspath(manifest_path)} cannot be trained on:\n  {listed}{rest}")
     return manifest
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3distill import kernels
 from s3distill.encoder.config import ConvLayerConfig, EncoderConfig
 from s3distill.encoder.layers import LayerNorm
 
@@ -34,7 +35,8 @@ def masked_group_norm(x: Tensor, num_valid: Tensor, weight: Tensor, bias: Tensor
     values = x.float()
     n = num_valid.to(torch.float32)[:, None]  # [B, 1]
     # [B, C, T] @ [B, T, 1] -> [B, C]; detached, since the result does not depend on c
-    centre = (values.detach() @ valid.to(values.dtype).unsqueeze(-1)).squeeze(-1) / n
+    with kernels.without_autocast(x.device):
+        centre = (values.detach() @ valid.to(values.dtype).unsqueeze(-1)).squeeze(-1) / n
     values = torch.where(valid[:, None, :], values, centre.unsqueeze(-1))
     var_t, mean_t = torch.var_mean(values, dim=-1, correction=0)  # [B, C]
     drift = mean_t - centre
@@ -45,13 +47,46 @@ def masked_group_norm(x: Tensor, num_valid: Tensor, weight: Tensor, bias: Tensor
     return torch.addcmul(shift.unsqueeze(-1), values, scale.unsqueeze(-1)).to(x.dtype)
 
 
+class SeparableConv(nn.Sequential):
+    """A convolution in two: over time within each channel, then over channels  (Howard et al., 2017, section 3.1).
+
+    Nothing stands between them, so that only the second has a bias. Keys: ``0`` is the depthwise conv, weight [C_in, 1, K],
+    ``1`` the pointwise one, weight [C, C_in, 1].
+    """
+
+    def __init__(self, in_channels: int, shape: ConvLayerConfig, bias: bool) -> None:
+        depthwise = nn.Conv1d(
+            in_channels, in_channels, shape.kernel, stride=shape.stride, groups=in_channels, bias=False
+        )
+        pointwise = nn.Conv1d(in_channels, shape.channels, 1, bias=bias)
+        nn.init.kaiming_normal_(depthwise.weight, nonlinearity="linear")  # the GELU is behind the second
+        nn.init.kaiming_normal_(pointwise.weight)
+        super().__init__(depthwise, pointwise)
+
+
+def gated_conv(conv: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
+    """conv(z * x; W) = conv(x; z * W) of x [B, C_in, T] and z [C_in]: a layer has fewer weights than input values.
+
+    So the first layers keep no scaled copies of their output, which are the largest tensors of a training step.
+    """
+    if gate is None:
+        return conv(x)
+    if type(conv) is not nn.Conv1d or conv.groups != 1:  # has weights of its own kind
+        return conv(x * gate.to(x.dtype)[:, None])
+    return conv._conv_forward(x, conv.weight * gate.to(conv.weight.dtype)[:, None], conv.bias)
+
+
 class ConvLayer(nn.Sequential):
     """conv -> (norm) -> GELU, under fairseq's keys: ``0`` is the conv, ``2`` the GroupNorm, ``2.1`` the LayerNorm."""
 
     def __init__(self, in_channels: int, shape: ConvLayerConfig, bias: bool, norm: str) -> None:
-        conv = nn.Conv1d(in_channels, shape.channels, shape.kernel, stride=shape.stride, bias=bias)
-        nn.init.kaiming_normal_(conv.weight)
-        self.norm = norm
+        conv: nn.Module
+        if shape.separable:
+            conv = SeparableConv(in_channels, shape, bias)
+        else:
+            conv = nn.Conv1d(in_channels, shape.channels, shape.kernel, stride=shape.stride, bias=bias)
+            nn.init.kaiming_normal_(conv.weight)
+        self.norm, self.shape = norm, shape
         modules: list[nn.Module] = [conv]
         if norm == "group_norm":
             modules += [nn.Identity(), nn.GroupNorm(shape.channels, shape.channels)]
@@ -60,8 +95,8 @@ class ConvLayer(nn.Sequential):
         super().__init__(*modules)
 
     @property
-    def conv(self) -> nn.Conv1d:
-        return self[0]  # type: ignore[return-value]
+    def conv(self) -> nn.Module:
+        return self[0]
 
     @property
     def norm_layer(self) -> nn.GroupNorm | LayerNorm | None:
@@ -70,14 +105,20 @@ class ConvLayer(nn.Sequential):
         return self[2] if self.norm == "group_norm" else self[2][1]  # type: ignore[index, return-value]
 
     def forward(
-        self, x: Tensor, num_valid: Tensor | None = None, gate: Tensor | None = None, gate_output: bool = True
+        self,
+        x: Tensor,
+        num_valid: Tensor | None = None,
+        gate: Tensor | None = None,
+        input_gate: Tensor | None = None,
     ) -> Tensor:
         """x [B, C_in, T_in] -> [B, C, T].
 
-        ``num_valid`` [B] counts valid output frames. ``gate`` [C] weights the LayerNorm's statistics and, if
-        ``gate_output``, scales the output.
+        Args:
+            num_valid: valid output frames, [B]; None = all.
+            gate: weights the LayerNorm's statistics, [C]; it does not scale the output.
+            input_gate: scales the input's channels, [C_in], see `gated_conv`.
         """
-        x = self.conv(x)
+        x = gated_conv(self.conv, x, input_gate)
         norm = self.norm_layer
         if isinstance(norm, nn.GroupNorm):
             if num_valid is None:
@@ -86,8 +127,7 @@ class ConvLayer(nn.Sequential):
                 x = masked_group_norm(x, num_valid, norm.weight, norm.bias, norm.eps)
         elif norm is not None:
             x = norm(x.transpose(1, 2), gate).transpose(1, 2)
-        x = F.gelu(x)
-        return x * gate.to(x.dtype)[:, None] if gate is not None and gate_output else x
+        return F.gelu(x)
 
 
 class ConvExtractor(nn.Module):
@@ -118,13 +158,14 @@ class ConvExtractor(nn.Module):
             [B, C, T]
         """
         x = source.unsqueeze(1)  # [B, S] -> [B, 1, S]
-        last = len(self.conv_layers) - 1
+        input_gate = None
         for i, layer in enumerate(self.conv_layers):
-            conv: nn.Conv1d = layer.conv  # type: ignore[assignment]
+            shape: ConvLayerConfig = layer.shape  # type: ignore[assignment]
             num_valid = None
             if lengths is not None:
-                lengths = (lengths - conv.kernel_size[0]) // conv.stride[0] + 1
+                lengths = (lengths - shape.kernel) // shape.stride + 1
                 num_valid = None if self.over_padding else lengths
             gate = gates[i] if gates is not None else None
-            x = layer(x, num_valid, gate, gate_output=i != last)
+            x = layer(x, num_valid, gate, input_gate)
+            input_gate = gate
         return x

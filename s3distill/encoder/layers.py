@@ -48,9 +48,10 @@ class LayerNorm(nn.LayerNorm):
         weight = (gate if self.training else (gate > 0)).to(torch.float32)
         values = x.float()
         share = weight / weight.sum().clamp_min(1e-6)
-        mean = values @ share
-        centred = values - mean.unsqueeze(-1)
-        variance = centred.square() @ share
+        with kernels.without_autocast(x.device):
+            mean = values @ share
+            centred = values - mean.unsqueeze(-1)
+            variance = centred.square() @ share
         normed = centred * torch.rsqrt(variance + self.eps).unsqueeze(-1)
         return (normed * self.weight.float() + self.bias.float()).to(x.dtype)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from s3distill import kernels
 from s3distill.encoder.checkpoint import ParsedCheckpoint
 from s3distill.encoder.config import EncoderConfig
 from s3distill.encoder.model import SpeechEncoder
@@ -16,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Teacher:
-    """A frozen encoder in eval mode, run under `inference_mode`, only as deep as asked.
+    """A frozen encoder in eval mode, run under `inference_mode` and in a precision of its own, only as deep as asked.
 
     It is no `nn.Module` on purpose: a task or criterion that holds it adds nothing to checkpoints, DDP or the optimizer.
 
@@ -49,8 +50,21 @@ class Teacher:
                 "correct model.distill_layers"
             )
 
+    def has_extractor_of(self, other: SpeechEncoder) -> bool:
+        """Whether the convolutions of ``other`` are this teacher's, weight by weight in the teacher's precision."""
+        names = ("conv_layers", "extractor_mode", "conv_bias", "group_norm_over_padding")
+        if any(getattr(self.config, name) != getattr(other.config, name) for name in names):
+            return False
+        own, its = self._encoder.feature_extractor.state_dict(), other.feature_extractor.state_dict()
+        return all(torch.equal(own[name].cpu(), its[name].detach().cpu().to(self.dtype)) for name in own)
+
     def hidden_states(
-        self, source: Tensor, padding_mask: Tensor | None, layers: Sequence[int], masked: Tensor | None = None
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None,
+        layers: Sequence[int],
+        masked: Tensor | None = None,
+        conv_features: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Hidden states of ``layers``, as deep as the deepest of them.
 
@@ -58,6 +72,7 @@ class Teacher:
             source: [B, S], 16 kHz.
             padding_mask: [B, S], True = padding, or None.
             masked: [B, T], True = the frame is replaced by the teacher's own mask embedding; None: it hears everything.
+            conv_features: [B, T, C_conv], what a student that `has_extractor_of` gave for this batch; None: its own.
         Returns:
             per layer [B, T, C] float32, and the frame padding mask [B, T] or None.
         """
@@ -66,8 +81,15 @@ class Teacher:
             self._encoder.to(source.device)
         if self.normalizes_itself:
             source = normalize_waveforms(source.float(), padding_mask)
-        with torch.inference_mode():
-            out = self._encoder(source.to(self.dtype), padding_mask, num_layers=max(layers), masked=masked)
+        # autocast is the student's affair: this one has a precision of its own
+        with torch.inference_mode(), kernels.without_autocast(source.device):
+            out = self._encoder(
+                source.to(self.dtype),
+                padding_mask,
+                num_layers=max(layers),
+                masked=masked,
+                conv_features=conv_features,
+            )
         # cloned outside of inference mode: losses save their targets for the backward pass
         states = [out.hidden_states[layer].clone().float() for layer in layers]
         return states, None if out.padding_mask is None else out.padding_mask.clone()

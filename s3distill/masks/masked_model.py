@@ -155,7 +155,7 @@ class MaskedModel(SpeechModel):
         return super().forward(waveforms, lengths)
 
     def _check_fit(self, name: str) -> None:
-        """Everything in the entry has its place in the encoder, of its shape, and the head has the encoder's width."""
+        """Everything in the entry has its place in the encoder, of its shape, and the head has the width of its output."""
         shapes = {key: tuple(p.shape) for key, p in self.encoder.named_parameters()}
         bank, found = self.bank, list[tuple[str, tuple[int, ...]]]()
         for module in bank.module_names(name):
@@ -168,7 +168,7 @@ class MaskedModel(SpeechModel):
             name
         ):  # of which the bank's header says that it fits its bias and its mask
             outputs = bank.tensor_shape(name, _HEAD_WEIGHT)[0]
-            shapes |= {_HEAD_WEIGHT: (outputs, self.encoder.config.embed_dim), f"{HEAD}.bias": (outputs,)}
+            shapes |= {_HEAD_WEIGHT: (outputs, self.encoder.config.output_dim), f"{HEAD}.bias": (outputs,)}
         wrong = [
             f"{key} of shape {shape} instead of {shapes.get(key, 'nothing of that name')}"
             for key, shape in found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from s3distill.encoder.config import EncoderConfig
+from s3distill.encoder.variants import owner
 from s3distill.masks.magnitude import METHODS, PruningSchedule
 from s3distill.masks.modules import MaskRule
 from s3distill.masks.scores import INITS
@@ -18,6 +20,7 @@ LINEAR_ST_OPS = {"linear_st": None, "linear_st_outstr": "rows", "linear_st_instr
 ENCODER = "w2v_model"  # name of the encoder in fairseq's fine-tuned models, and of the head beside it
 HEAD = "proj"
 ATTENTION_LINEARS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj")
+VALUE_LINEARS = ("self_attn.v_proj", "self_attn.out_proj")  # what a layer has that applies another's attention map
 FFN_LINEARS = ("fc1", "fc2")
 
 
@@ -83,8 +86,10 @@ class MaskOptions:
         _require_choice("init_score", self.init_score, INITS)
         _require_choice("linear_st_op", self.linear_st_op, tuple(LINEAR_ST_OPS))
         _require_choice("mask_pattern", self.mask_pattern, PATTERNS)
-        if self.init_score_scale == 0:
-            raise ValueError("`init_score_scale` divides the weights, so it must not be 0; pass 1")
+        if self.init_score_scale == 0 or not math.isfinite(self.init_score_scale):
+            raise ValueError(
+                f"`init_score_scale` divides the weights, so it must be finite and not 0, but is {self.init_score_scale}; pass 1"
+            )
         if self.fc_attn_prune_rate and len(self.fc_attn_prune_rate) != 2:
             raise ValueError(
                 f"`fc_attn_prune_rate` must be [fc, attention], two kept fractions, but has {len(self.fc_attn_prune_rate)}; pass e.g. "
@@ -95,6 +100,14 @@ class MaskOptions:
                 "`layerwise_prune_rate` and `fc_attn_prune_rate` both say how much of a layer is kept; leave one of them empty ([])"
             )
         others = self._masked_outside_layers()
+        if self.layerwise_prune_rate and set(others) - {
+            "post_extract_proj"
+        }:  # masked by default, and left whole as in S3-Router
+            named = [f"no_prune_{other}" for other in others if other != "post_extract_proj"]
+            raise ValueError(
+                f"`layerwise_prune_rate` leaves what is outside of the layers whole, but {', '.join(f'{n}=false' for n in named)} would "
+                f"mask it; set {', '.join(f'{n}=true' for n in named)}, or use prune_rate"
+            )
         if self.fc_attn_prune_rate and others:
             raise ValueError(
                 f"`fc_attn_prune_rate` says nothing about other modules, but {', '.join(others)} would be masked too; set "
@@ -167,22 +180,30 @@ class MaskOptions:
     def rules(self, config: EncoderConfig) -> dict[str, MaskRule]:
         """Which modules are masked and how: name below `MaskedNetwork` -> rule, encoder first, head last.
 
-        Modules with density 1 are not masked at all, nor are those that have no weights (pruned to nothing).
+        Modules with density 1 are not masked at all, nor are those that have no weights (pruned to nothing), nor is the time
+        reduction, which S3-Router's models do not have. A weight that several layers share has one mask, under its owner's name.
 
         Raises:
-            ValueError: ``layerwise_prune_rate`` has another length than the encoder has layers.
+            ValueError: ``layerwise_prune_rate`` has another length than the encoder has layers, or layers that share parameters
+                are to keep different fractions.
         """
         if self.layerwise_prune_rate and len(self.layerwise_prune_rate) != config.num_layers:
             raise ValueError(
                 f"`layerwise_prune_rate` must have one kept fraction for each of the {config.num_layers} encoder layers, but has "
                 f"{len(self.layerwise_prune_rate)}; [] means prune_rate everywhere"
             )
+        for name in ("fix_mask_before", "load_mask_before"):
+            if getattr(self, name) > config.num_layers:
+                raise ValueError(
+                    f"`{name}` names a layer and must be at most {config.num_layers}, the encoder's layers, but is {getattr(self, name)}"
+                )
         densities = dict(self._outside(config, in_front=True))
         for i, layer in enumerate(config.layers):
             prefix = f"{ENCODER}.encoder.layers.{i}"
-            if layer.attention and layer.num_heads > 0 and not self.fix_attn:
-                densities |= {f"{prefix}.{name}": self._layer_density(i, attention=True) for name in ATTENTION_LINEARS}
-            if layer.ffn and layer.ffn_dim > 0 and not self.fix_fc:
+            if layer.attention and layer.num_heads > 0 and not self.fix_attn and self._owns(config, "attention", i):
+                linears = ATTENTION_LINEARS if not layer.reuses_attention else VALUE_LINEARS
+                densities |= {f"{prefix}.{name}": self._layer_density(i, attention=True) for name in linears}
+            if layer.ffn and layer.ffn_dim > 0 and not self.fix_fc and self._owns(config, "ffn", i):
                 densities |= {f"{prefix}.{name}": self._layer_density(i, attention=False) for name in FFN_LINEARS}
         densities |= dict(self._outside(config, in_front=False))
         return {
@@ -190,6 +211,17 @@ class MaskOptions:
             for name, density in densities.items()
             if density < 1
         }
+
+    def _owns(self, config: EncoderConfig, part: str, layer: int) -> bool:
+        """Whether the weights are the layer's own; where they are another's, both must be given one density."""
+        first, attention = owner(config, part, layer), part == "attention"
+        densities = self._layer_density(first, attention), self._layer_density(layer, attention)
+        if densities[0] != densities[1]:
+            raise ValueError(
+                f"`layerwise_prune_rate` must be the same for layers that share their weights, but is {densities[0]} for layer {first} "
+                f"and {densities[1]} for layer {layer}; give both one kept fraction"
+            )
+        return first == layer
 
     def _layer_density(self, layer: int, attention: bool) -> float:
         if self.layerwise_prune_rate:
@@ -206,8 +238,10 @@ class MaskOptions:
                 yield HEAD, density
             return
         if not self.no_prune_extractor:
-            for i in range(len(config.conv_layers)):
-                yield f"{ENCODER}.feature_extractor.conv_layers.{i}.0", density
+            for i, conv in enumerate(config.conv_layers):
+                # of a separable convolution the pointwise half: the other has no more than a kernel per channel
+                suffix = "0.1" if conv.separable else "0"
+                yield f"{ENCODER}.feature_extractor.conv_layers.{i}.{suffix}", density
         if not self.no_prune_post_extract_proj and config.project_features:
             yield f"{ENCODER}.post_extract_proj", density
         if not self.no_prune_pos:

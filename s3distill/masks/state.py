@@ -178,7 +178,7 @@ def _network_of(checkpoint: ParsedCheckpoint, head_state: Mapping[str, Tensor]) 
 def _options_of(checkpoint: ParsedCheckpoint) -> MaskOptions:
     """The options of its masks. Whatever made the scores, the mask is their top-k."""
     options = checkpoint.model_options
-    for option in ("prune_rate", "fix_mask_before", "load_mask_before"):
+    for option in ("prune_rate", "init_score_scale", "fix_mask_before", "load_mask_before"):
         if option in options and not isinstance(options[option], int | float):
             raise ValueError(f"`{option}` must be a number, but is {options[option]!r}; {_DAMAGED}")
     for option in ("layerwise_prune_rate", "fc_attn_prune_rate"):

@@ -16,9 +16,15 @@ from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
 from s3distill.masks.modules import kept_share
 from s3distill.masks.network import MaskedNetwork, check_something_learns, trained_names
 from s3distill.masks.options import HEAD, MaskOptions
-from s3distill.masks.state import adopt_state
+from s3distill.masks.state import SCORES, adopt_state
 
 logger = logging.getLogger(__name__)
+
+# options that fairseq's own fine-tuned models read, with their defaults
+_WITHOUT_EFFECT = {
+    **{"freeze_regex": None, "load_ema": False, "layer_decay": 1, "zero_mask": False, "offload_activations": False},
+    **{"drop_path": 0, "layer_type": "transformer", "adp_num": -1},
+}
 
 
 @dataclass
@@ -162,12 +168,16 @@ class MaskedFairseqModel(BaseFairseqModel):
 
 def build_masked(cfg: Any, num_outputs: int, pool: bool = False) -> FineTunedEncoder:
     """Options, backbone, head, masks; what was read goes into ``cfg.w2v_args``, so that checkpoints rebuild alone."""
+    _check_without_effect(cfg)
     options = MaskOptions.from_mapping(vars(cfg) if not hasattr(cfg, "items") else cfg)
     backbone = read_backbone(cfg)
     network = FineTunedEncoder(cfg, backbone.config, num_outputs, extractor_learns(cfg, options), pool)
     if backbone.encoder_state is not None:
         network.w2v_model.load_encoder_state(backbone.encoder_state, str(cfg.w2v_path))
     network.add_masks(options)
+    if not cfg.feature_grad_mult and extractor_learns(cfg, options):  # gradients pass for the scores alone
+        for name, parameter in network.w2v_model.feature_extractor.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name.endswith(SCORES))
     if not cfg.eval_only:
         check_something_learns(network, options)
         _check_head_learns(cfg.freeze_finetune_updates, network)
@@ -175,6 +185,16 @@ def build_masked(cfg: Any, num_outputs: int, pool: bool = False) -> FineTunedEnc
         options.schedule().check_length(cfg.max_update if isinstance(cfg.max_update, int) else 0)
     _report(network, options)
     return network
+
+
+def _check_without_effect(cfg: Any) -> None:
+    """Refuses options of stock `wav2vec_ctc` that this encoder has nothing for."""
+    for name, default in _WITHOUT_EFFECT.items():
+        value = getattr(cfg, name, default)
+        if value is not None and value != default:
+            raise ValueError(
+                f"`model.{name}` has no effect on a model with masks and must stay {default}, but is {value!r}; leave it out"
+            )
 
 
 def _check_head_learns(num_updates: int, network: MaskedNetwork) -> None:

@@ -32,6 +32,11 @@ class Wav2VecLabelSt(MaskedFairseqModel):
             raise ValueError(
                 f"`model.blank_weight` must stay 0 in wav2vec_label_st, whose head has no blank, but is {cfg.blank_weight}; leave it out"
             )
+        if cfg.blank_mode != Wav2VecLabelStConfig.blank_mode:
+            raise ValueError(
+                f"`model.blank_mode` must stay {Wav2VecLabelStConfig.blank_mode} in wav2vec_label_st, whose head has no blank, but is "
+                f"{cfg.blank_mode}; leave it out"
+            )
         if not hasattr(task, "classes"):
             raise ValueError(
                 f"`model._name` wav2vec_label_st needs a task with one label per utterance, but the task is {type(task).__name__}; pass "

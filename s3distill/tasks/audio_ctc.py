@@ -11,16 +11,20 @@ from typing import Any, Optional
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary
+from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_finetuning import AudioFinetuningConfig, AudioFinetuningTask
+from omegaconf import II
 from torch import Tensor
 
 from s3distill.data.manifest import read_dictionary, read_labels
 from s3distill.decoding.ctc import CtcHypothesis, average_log_probs, greedy_decode
 from s3distill.decoding.transcripts import Transcript, Transcripts
 from s3distill.encoder.config import SAMPLE_RATE
+from s3distill.encoder.model import SpeechEncoder
 from s3distill.scoring.s3_wer import S3WerScorer
 from s3distill.tasks._audio import check_split, set_root
+from s3distill.tasks._autocast import AUTOCAST_DTYPES, AutocastSteps, check_autocast
 from s3distill.tasks._bank_model import BankModel, dictionary_of, open_entry
 
 logger = logging.getLogger(__name__)
@@ -34,10 +38,20 @@ class AudioCtcConfig(AudioFinetuningConfig):
         default=None, metadata={"help": "decoding: lay masks of this bank over the model of --path, their backbone"}
     )
     mask_name: Optional[str] = field(default=None, metadata={"help": "entry of mask_bank, e.g. nl"})
+    autocast_dtype: ChoiceEnum(list(AUTOCAST_DTYPES)) = field(  # type: ignore[valid-type]
+        default="none",
+        metadata={
+            "help": "bfloat16: matrix products of the model in bfloat16, on CPU and GPU; parameters and the loss stay "
+            "float32. Not beside common.fp16, bf16 or amp"
+        },
+    )
+    fp16: bool = II("common.fp16")
+    bf16: bool = II("common.bf16")
+    amp: bool = II("common.amp")
 
 
 @register_task("audio_ctc", dataclass=AudioCtcConfig)
-class AudioCtcTask(AudioFinetuningTask):
+class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
     """fairseq's `audio_finetuning` with manifests checked before training, relative roots, and greedy decoding."""
 
     cfg: AudioCtcConfig
@@ -47,8 +61,10 @@ class AudioCtcTask(AudioFinetuningTask):
             raise ValueError(
                 "`task.labels` must name the label files' ending, but is empty; pass task.labels=ltr (--labels ltr)"
             )
+        check_autocast(cfg)
         super().__init__(cfg)
         self.bank = open_entry(cfg.mask_bank, cfg.mask_name)
+        self.frames_of: Any = None  # of a model in training: samples -> frames
         self.words: dict[str, list[str]] = {}  # per split, what `.wrd` says of each utterance of the dataset
 
     def load_target_dictionary(self) -> Any:
@@ -66,7 +82,11 @@ class AudioCtcTask(AudioFinetuningTask):
 
     def build_model(self, model_cfg: Any, from_checkpoint: bool = False) -> Any:
         if self.bank is None:
-            return super().build_model(model_cfg, from_checkpoint)
+            model = super().build_model(model_cfg, from_checkpoint)
+            encoders = [m for m in model.modules() if isinstance(m, SpeechEncoder)]
+            if encoders and encoders[0].config.time_reduction > 1 and not from_checkpoint:
+                self.frames_of = encoders[0].config.num_frames
+            return model
         if not from_checkpoint:
             raise ValueError(
                 "`mask_bank` is for decoding and must not be set in training; remove task.mask_bank and task.mask_name"
@@ -95,7 +115,9 @@ class AudioCtcTask(AudioFinetuningTask):
         roots = {}
         if not options.get("binarized_dataset", False):
             for key, name in parts:
-                roots[key] = check_split(self.cfg.data, name, options.labels, self.cfg.target_dictionary)
+                roots[key] = check_split(
+                    self.cfg.data, name, options.labels, self.cfg.target_dictionary, self.frames_of
+                )
             self._check_dictionary(options.labels)
         super().load_dataset(split, task_cfg, **kwargs)
         for key, root in roots.items():

@@ -19,6 +19,7 @@ from s3distill.encoder.teacher import DTYPES, Teacher
 from s3distill.losses import normalize_target
 from s3distill.masks.state import baked
 from s3distill.tasks._audio import SeededCropDataset, check_split
+from s3distill.tasks._autocast import AUTOCAST_DTYPES, AutocastSteps, check_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,13 @@ class AudioDistillConfig(AudioPretrainingConfig):
     teacher_dtype: ChoiceEnum(list(DTYPES)) = field(  # type: ignore[valid-type]
         default="float32", metadata={"help": "precision that the teacher runs in"}
     )
+    autocast_dtype: ChoiceEnum(list(AUTOCAST_DTYPES)) = field(  # type: ignore[valid-type]
+        default="none",
+        metadata={
+            "help": "bfloat16: matrix products of the student in bfloat16, on CPU and GPU; parameters, gates and losses stay "
+            "float32. Not beside common.fp16, bf16 or amp"
+        },
+    )
     extra_teacher_paths: List[str] = field(
         default_factory=list,
         metadata={
@@ -46,10 +54,13 @@ class AudioDistillConfig(AudioPretrainingConfig):
         metadata={"help": "weight of each teacher's loss, that of teacher_path first; empty: 1 each, summed"},
     )
     train_subset: str = II("dataset.train_subset")
+    fp16: bool = II("common.fp16")
+    bf16: bool = II("common.bf16")
+    amp: bool = II("common.amp")
 
 
 @register_task("audio_distill", dataclass=AudioDistillConfig)
-class AudioDistillTask(AudioPretrainingTask):
+class AudioDistillTask(AutocastSteps, AudioPretrainingTask):
     """Loads manifests as they are, and the teachers when something first asks for them.
 
     They are no attribute that fairseq saves: checkpoints of students rebuild and fine-tune without their files.
@@ -64,6 +75,7 @@ class AudioDistillTask(AudioPretrainingTask):
                     f"`task.{option}` is not supported by audio_distill and must stay {expected}, but is {getattr(cfg, option)!r}; "
                     "prepare a manifest of the wanted utterances instead"
                 )
+        check_autocast(cfg)
         super().__init__(cfg)
         self._teachers: List[Teacher] = []
         self._model: Any = None

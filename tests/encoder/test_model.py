@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from s3distill.encoder.attention import SelfAttention, attention_mask_from_padding
 from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, LayerConfig, TrainingConfig, uniform_layers
-from s3distill.encoder.conv import masked_group_norm
+from s3distill.encoder.conv import gated_conv, masked_group_norm
 from s3distill.encoder.layers import LayerNorm, scale_gradient
 from s3distill.encoder.model import EncoderOutput, SpeechEncoder
 from s3distill.gates import GateValues
@@ -401,6 +401,31 @@ def test_open_gates_change_nothing_and_every_gate_changes_something() -> None:
             changed[i] = half
             out = encoder(source, padding_mask, gates=dataclasses.replace(ones, **{kind: tuple(changed)}))
             assert not torch.allclose(out.x, plain.x, atol=1e-5), (kind, i)
+
+
+class ScaledConv(nn.Conv1d):
+    """A conv whose weight is not what it multiplies with, such as a masked one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("conv_type", [nn.Conv1d, ScaledConv])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_conv_takes_the_gate_of_its_input_on_its_weights(conv_type: type[nn.Conv1d], groups: int) -> None:
+    torch.manual_seed(0)
+    conv = conv_type(6, 9, 3, stride=2, bias=True, groups=groups).double()
+    x, gate = torch.randn(2, 6, 20, dtype=torch.double, requires_grad=True), torch.rand(6, dtype=torch.double)
+    gate[1] = 0
+    gate.requires_grad_()
+    ours, theirs = gated_conv(conv, x, gate), conv(x * gate[:, None])
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(ours, conv(x))
+    probe = torch.randn_like(ours)
+    grads = [torch.autograd.grad((y * probe).sum(), (x, gate, conv.weight)) for y in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(gated_conv(conv, x, None), conv(x))
 
 
 @torch.no_grad()

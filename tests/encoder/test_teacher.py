@@ -119,3 +119,18 @@ def test_a_teacher_that_normalises_waveforms_itself() -> None:
     teacher.normalizes_itself = True
     got, _ = teacher.hidden_states(source, padding_mask, [2])
     assert torch.equal(got[0], expected[0]) and not torch.equal(got[0], raw[0])
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_students_autocast_is_not_the_teachers(dtype: str) -> None:
+    teacher = Teacher(ParsedCheckpoint("wav2vec2", CONFIG, dict(make_encoder().state_dict()), False), dtype)
+    source, padding_mask = batch(LENGTHS)
+    expected, _ = teacher.hidden_states(source, padding_mask, [0, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        states, _ = teacher.hidden_states(source, padding_mask, [0, 2])
+        assert torch.is_autocast_enabled("cpu"), "it goes on for the student"
+    assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
+    assert all(state.dtype == torch.float32 for state in states)

@@ -319,3 +319,42 @@ def test_students_fine_tune_when_the_teacher_is_gone(kit: Any, tmp_path: Path) -
         logits = model(torch.randn(2, 8000)).logits
         assert logits.shape[-1] >= 7 and torch.isfinite(logits).all()
     assert num_parameters["compact"] < 0.9 * num_parameters["gated"]
+
+
+# ---------------------------------------------------------------- autocast
+
+
+def test_autocast_rounds_matrix_products_and_nothing_else(build: Callable[..., Training]) -> None:
+    steady = (*STEADY, "task.enable_padding=true")
+    exact, rounded = build(*steady), build(*steady, "task.autocast_dtype=bfloat16")
+    types: set[torch.dtype] = set()
+    rounded.model.encoder.layers[0].fc1.register_forward_hook(lambda _, __, output: types.add(output.dtype))
+    rounded.model.encoder.layers[0].register_forward_hook(lambda _, __, output: types.add(output[0].dtype))
+    losses = {}
+    for name, run in (("exact", exact), ("rounded", rounded)):
+        loss, num_frames, log = run.task.valid_step(run.batches[0], run.model, run.criterion)
+        losses[name] = float(loss) / num_frames
+        assert loss.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        run.train(3)
+        after, num_frames, log = run.task.valid_step(run.batches[0], run.model, run.criterion)
+        losses[f"{name}, trained"] = float(after) / num_frames
+        assert log["size_expected_sparsity"] > 0
+    assert types == {torch.bfloat16, torch.float32}, "products of fc1, and the residual stream"
+    assert losses["rounded"] != losses["exact"], "autocast must be on"
+    assert losses["rounded"] == pytest.approx(losses["exact"], abs=0.02)
+    assert losses["rounded, trained"] == pytest.approx(losses["exact, trained"], abs=0.02)
+    assert losses["exact, trained"] != pytest.approx(losses["exact"], abs=0.1), "the updates must have done something"
+    assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+    state = rounded.trainer.optimizer.optimizer.state
+    assert {moment.dtype for values in state.values() for moment in values.values()} == {torch.float32}
+    for (name, p), q in zip(rounded.model.gates.named_parameters(), exact.model.gates.parameters(), strict=True):
+        assert p.grad is None or p.grad.dtype == torch.float32
+        torch.testing.assert_close(p, q, atol=0.5, rtol=0, msg=f"{name}, after 3 updates of at most 0.3")
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16", "amp"])
+def test_autocast_is_refused_beside_another_precision(build: Callable[..., Training], name: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        build("task.autocast_dtype=bfloat16", f"++common.{name}=true")
+    text = str(caught.value)
+    assert "task.autocast_dtype=bfloat16" in text and f"came with common.{name}=true; pass common.{name}=false" in text

@@ -119,7 +119,7 @@ def test_any_number_of_layers(num_layers: int) -> None:
 
 def test_a_density_per_layer() -> None:
     """Modules outside of the layers stay whole, as in S3-Router; a layer with 1 is not masked."""
-    found = masked(MaskOptions(layerwise_prune_rate=[0.9, 1.0, 0.3], no_prune_proj=False, no_prune_pos=False))
+    found = masked(MaskOptions(layerwise_prune_rate=[0.9, 1.0, 0.3]))
     assert found == dict.fromkeys(names(range(1), (*ATTENTION, *FFN)), 0.9) | dict.fromkeys(
         names(range(2, 3), (*ATTENTION, *FFN)), 0.3
     )
@@ -259,7 +259,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"init_score": "best"}, ["`init_score`", *INITS, "'best'"]),
     ({"linear_st_op": "linear"}, ["`linear_st_op`", "linear_st, linear_st_outstr, linear_st_instr", "'linear'"]),
     ({"mask_pattern": "1:2"}, ["`mask_pattern`", *PATTERNS, "'1:2'"]),
-    ({"init_score_scale": 0.0}, ["`init_score_scale`", "divides the weights", "must not be 0", "pass 1"]),
+    ({"init_score_scale": 0.0}, ["`init_score_scale`", "divides the weights", "finite and not 0", "pass 1"]),
     (
         {"linear_st_op": "linear_st_outstr", "mask_pattern": "columns"},
         ["`linear_st_op` linear_st_outstr", "rows", "`mask_pattern` is columns", "set only one"],
@@ -268,6 +268,16 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"mask_pattern": "2:4", "prune_rate": 0.9}, ["2:4", "exactly half", "`prune_rate` is 0.9", "0.5"]),
     ({"mask_pattern": "2:4", "layerwise_prune_rate": [0.5, 0.6]}, ["2:4", "`layerwise_prune_rate[1]` is 0.6"]),
     (outside(mask_pattern="2:4", fc_attn_prune_rate=[0.5, 0.6]), ["2:4", "`fc_attn_prune_rate[1]` is 0.6"]),
+    (
+        {"layerwise_prune_rate": [0.9] * 3, "no_prune_proj": False, "no_prune_pos": False},
+        [
+            "`layerwise_prune_rate`",
+            "no_prune_proj=false, no_prune_pos=false would mask",
+            "set no_prune_proj=true, no_prune_pos",
+        ],
+    ),
+    ({"init_score_scale": float("inf")}, ["`init_score_scale`", "finite and not 0", "inf", "pass 1"]),
+    ({"init_score_scale": float("nan")}, ["`init_score_scale`", "nan"]),
     ({"fix_mask_before": -1}, ["`fix_mask_before`", "counts layers", "at least 0", "-1"]),
     ({"load_mask_before": -2}, ["`load_mask_before`", "counts layers", "at least 0", "-2"]),
 ]
@@ -286,6 +296,15 @@ def test_a_list_of_the_wrong_length(length: int) -> None:
         MaskOptions(layerwise_prune_rate=[0.9] * length).rules(config(3))
     parts = ("`layerwise_prune_rate`", f"each of the 3 encoder layers, but has {length}", "[] means prune_rate")
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fix_mask_before", "load_mask_before"])
+def test_a_layer_that_is_not_there(name: str) -> None:
+    MaskOptions(**{name: 3}).rules(config(3))
+    with pytest.raises(
+        ValueError, match=f"`{name}` names a layer and must be at most 3, the encoder's layers, but is 4"
+    ):
+        MaskOptions(**{name: 4}).rules(config(3))
 
 
 @pytest.mark.parametrize(

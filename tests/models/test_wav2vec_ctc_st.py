@@ -22,11 +22,12 @@ from omegaconf import OmegaConf
 
 import s3distill
 from s3distill import compat
-from s3distill.encoder.checkpoint import parse_checkpoint
+from s3distill.encoder.checkpoint import config_from_options, parse_checkpoint
+from s3distill.encoder.model import SpeechEncoder
 from s3distill.masks.selection import select
 from s3distill.models.wav2vec_ctc_st import Wav2VecCtcSt, Wav2VecCtcStConfig
 from s3distill.tasks.audio_ctc import AudioCtcConfig, AudioCtcTask
-from tests.encoder import checkpoints
+from tests.encoder import checkpoints, folders
 from tests.masks.students import write_compact_student
 
 WAVEFORM = torch.randn(2, 6000, generator=torch.Generator().manual_seed(1))
@@ -42,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-BACKBONES = (*checkpoints.FAMILIES, "ssl_student", "large wav2vec2", "fine-tuned wav2vec2")
+BACKBONES = (*checkpoints.FAMILIES, "ssl_student", "wavlm", "large wav2vec2", "fine-tuned wav2vec2")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,11 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
             return path
         if kind == "ssl_student":
             return write_compact_student(path)
+        if kind == "wavlm":  # as `s3distill convert` writes it
+            encoder = checkpoints.fill(SpeechEncoder(config_from_options(folders.SMALL_CFG, "wavlm")))
+            options = {"_name": "ssl_student", "encoder": encoder.config.to_json()}
+            compat.write_checkpoint(path, encoder.state_dict(), options, {"normalize": False})
+            return path
         if kind == "fine-tuned wav2vec2":
             return checkpoints.save(checkpoints.fine_tuned("wav2vec2")[0], path)
         shape, normalize = (large, True) if kind.startswith("large") else (checkpoints.SMALL, False)
@@ -536,6 +542,59 @@ def test_masks_alone_are_taken_at_the_start_only(
     }
     everything = set(found)
     assert {what for what, equal in found.items() if equal} == (everything if resumes else taken)
+
+
+def test_masks_alone_are_taken_from_a_restored_run(
+    data: Path, backbones: Callable[[str], Path], masked_run: tuple[Path, dict[str, Tensor]]
+) -> None:
+    """``restore_file`` with ``reset_optimizer`` starts a new run, as ``finetune_from_model`` does; without it goes on."""
+    path, state = masked_run
+    head = "w2v_encoder.proj.weight"
+    for reset, taken in ((True, False), (False, True)):
+        cfg = whole_config(data, backbones("wav2vec2"), load_mask_only=True)
+        cfg.checkpoint.restore_file, cfg.checkpoint.reset_optimizer = str(path), reset
+        trainer = make_trainer(cfg)
+        trainer.load_checkpoint(str(path), reset_optimizer=True)
+        own = trainer.model.state_dict()
+        assert all(torch.equal(own[name], state[name]) for name in state if name.endswith(".scores"))
+        assert torch.equal(own[head], state[head]) is taken
+
+
+@pytest.mark.parametrize("option", ["load_mask_only", "eval_only"])
+def test_what_is_about_a_loaded_model_is_refused_without_one(
+    option: str, data: Path, backbones: Callable[[str], Path], tmp_path: Path
+) -> None:
+    trainer = make_trainer(whole_config(data, backbones("wav2vec2"), **{option: True}))
+    missing = tmp_path / "checkpoint_last.pt"
+    with pytest.raises(ValueError, match=rf"`model.{option}` is about a trained model, but .* no file {missing}; pass"):
+        trainer.load_checkpoint(str(missing))
+    make_trainer(whole_config(data, backbones("wav2vec2"))).load_checkpoint(str(missing))  # others start from nothing
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("freeze_regex", "proj"), ("load_ema", True), ("layer_decay", 0.9), ("zero_mask", True), ("drop_path", 0.1)],
+)
+def test_options_without_effect_are_refused(
+    option: str, value: Any, data: Path, backbones: Callable[[str], Path]
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"`model.{option}` has no effect on a model with masks and must stay .*{value}"
+    ):
+        build(whole_config(data, backbones("wav2vec2"), **{option: value}))
+
+
+@pytest.mark.parametrize("feature_grad_mult", [0.0, 0.5])
+def test_a_frozen_extractor_learns_scores_alone(
+    feature_grad_mult: float, data: Path, backbones: Callable[[str], Path]
+) -> None:
+    options = {"no_prune_extractor": False, "co_train": True, "feature_grad_mult": feature_grad_mult}
+    model = build(whole_config(data, backbones("wav2vec2"), **options)).train()
+    model(WAVEFORM, PADDING)["encoder_out"].square().sum().backward()
+    extractor = model.w2v_encoder.w2v_model.feature_extractor
+    learned = {name for name, p in extractor.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert any(name.endswith(".scores") for name in learned)
+    assert any(not name.endswith(".scores") for name in learned) is (feature_grad_mult > 0)
 
 
 def test_a_start_from_a_model_without_masks(data: Path, backbones: Callable[[str], Path], fine_tuned: Path) -> None:

@@ -151,6 +151,7 @@ def test_keys_are_those_of_the_ctc_model(corpus: Path, backbone: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"blank_mode": "set"}, r"`model.blank_mode` must stay add in wav2vec_label_st.*but is set"),
         ({"blank_weight": 2.0}, r"`model.blank_weight` must stay 0 in wav2vec_label_st.*but is 2.0"),
         ({"fix_mask": True}, r"nothing would be trained: the scores of all 13 masks are fixed"),
     ],

@@ -262,6 +262,29 @@ def test_validation_of_the_stock_criterion_reports_the_same_error_rates(
     assert log["c_total"] == rates.units.num_reference
 
 
+def test_autocast_in_the_steps_of_the_task(corpus: Path, checkpoints: dict[str, Path]) -> None:
+    pytest.importorskip("editdistance")
+    from fairseq import checkpoint_utils
+    from fairseq.criterions.ctc import CtcCriterion, CtcCriterionConfig
+
+    losses, dtypes = {}, {}
+    for dtype in ("none", "bfloat16"):
+        (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
+            [str(checkpoints["wav2vec_ctc"])],
+            arg_overrides={"data": str(corpus)},
+        )
+        task.cfg.autocast_dtype = dtype
+        task.load_dataset("test")
+        sample = task.datasets["test"].collater([task.datasets["test"][i] for i in range(5)])
+        seen = []
+        model.w2v_encoder.proj.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output.dtype))
+        loss, _, _ = task.valid_step(sample, model, CtcCriterion(CtcCriterionConfig(sentence_avg=False), task))
+        losses[dtype], dtypes[dtype] = float(loss), seen
+        assert loss.dtype == torch.float32
+    assert dtypes == {"none": [torch.float32], "bfloat16": [torch.bfloat16]}
+    assert losses["bfloat16"] == pytest.approx(losses["none"], rel=0.05) and losses["bfloat16"] != losses["none"]
+
+
 def test_criterion_ctc_without_editdistance_is_refused_before_training(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
