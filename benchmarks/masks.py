@@ -1,4 +1,4 @@
-"""What connection masks cost: selecting them, training steps and evaluation, side by side with dense fine-tuning.
+"""What connection masks cost: selecting, training steps, evaluation and switching, side by side with dense models.
 
     python benchmarks/masks.py [--threads 2] [--json masks.json] [--device cuda] [--dtype float16] [--small] [--check]
     python benchmarks/masks.py --threads 1 --clock cpu    # on a machine that does other things too
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,8 +30,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
-from s3distill import kernels
+import s3distill
+from s3distill import compat, kernels
 from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig, TrainingConfig, parse_conv_layers, uniform_layers
+from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.options import options_from_config
+from s3distill.masks.bank import BankEntry, MaskBank
+from s3distill.masks.checksum import backbone_checksum
 from s3distill.masks.modules import Masked
 from s3distill.masks.network import MaskedNetwork
 from s3distill.masks.options import MaskOptions
@@ -37,9 +44,11 @@ from s3distill.masks.selection import num_removed, select
 
 DENSITY = 0.9
 NUM_SYMBOLS, BATCH = 32, 2
+LANGUAGES = ("nl", "fr")
 MAX_NORM = 1.0  # of gradient clipping
 STEP_LIMITS = {1: 1.15, 4: 1.05}  # update_freq -> most that a step may take, dense = 1; all linears masked
 EVAL_LIMIT = 1.02
+SWITCH_LIMIT = 1.0  # loading a model = 1
 
 
 @dataclass(frozen=True)
@@ -263,6 +272,51 @@ def measure_evaluation(forms: dict[str, Training], settings: Settings) -> tuple[
     return rows(section, least, "s", {"masked": EVAL_LIMIT, "masked, baked": EVAL_LIMIT}), checks
 
 
+def write_bank(folder: Path, settings: Settings) -> tuple[Path, Path]:
+    """A backbone with random weights, and a bank with masks on the FFN and a head for two languages over it."""
+    torch.manual_seed(1)
+    config = settings.config()
+    encoder = SpeechEncoder(config)
+    state = {name: parameter.detach() for name, parameter in encoder.named_parameters()}
+    backbone, bank = folder / "backbone.pt", folder / "bank.safetensors"
+    options = options_from_config(config, "wav2vec2", False)
+    compat.write_checkpoint(backbone, state, options, {"_name": "audio_pretraining", "normalize": False})
+    weights = {f"w2v_model.{name}": value for name, value in state.items()}
+    ffn = [f"w2v_model.encoder.layers.{i}.{fc}" for i in range(len(config.layers)) for fc in ("fc1", "fc2")]
+    entries = []
+    for name in LANGUAGES:
+        masks = {module: torch.rand(weights[f"{module}.weight"].shape) < DENSITY for module in ffn}
+        head = {"proj.weight": torch.randn(NUM_SYMBOLS, config.embed_dim), "proj.bias": torch.zeros(NUM_SYMBOLS)}
+        entries.append(BankEntry(name, masks, head))
+    MaskBank.create(bank, backbone_checksum(state), sum(value.numel() for value in state.values()), entries)
+    return backbone, bank
+
+
+def measure_switching(settings: Settings) -> tuple[list[Row], dict[str, bool]]:
+    """To the other language of a bank, against loading a model; the files were just written, so they come from memory."""
+    section = "switching the language"
+    with tempfile.TemporaryDirectory() as folder:
+        backbone, bank = write_bank(Path(folder), settings)
+
+        def load_masked(name: str) -> s3distill.MaskedModel:
+            model = s3distill.MaskedModel.load(backbone, bank).to(settings.device)
+            return model.use(name)
+
+        model, turns = load_masked(LANGUAGES[0]), itertools.cycle(reversed(LANGUAGES))
+        runs: dict[str, Callable[[], Any]] = {
+            "load a model": lambda: s3distill.load(backbone, settings.device),
+            "load backbone and bank, use": lambda: load_masked(LANGUAGES[0]),
+            "use": lambda: model.use(next(turns)),
+            "digest, at an entry's first use": lambda: MaskBank.open(bank).check_intact(LANGUAGES[0]),
+        }
+        least = least_seconds(section, runs, settings)
+        waveforms = torch.randn(BATCH, settings.num_samples).to(settings.device)
+        with torch.no_grad():
+            switched, fresh = (m(waveforms).logits for m in (model.use(LANGUAGES[0]), load_masked(LANGUAGES[0])))
+    checks = {"switched: the logits of a fresh model": bool(torch.equal(switched, fresh))}
+    return rows(section, least, "s", {"use": SWITCH_LIMIT}), checks
+
+
 def measure_memory(settings: Settings) -> list[Row]:
     """Peak of two training steps of each form, in a process of its own, forked while this one has not done anything yet."""
     peaks = {}
@@ -286,7 +340,9 @@ def measure(settings: Settings) -> dict[str, Any]:
     checks |= check_forms(forms)
     steps = measure_steps(forms, settings)
     evaluation, same = measure_evaluation(forms, settings)
-    return {"rows": [*selection, *steps, *evaluation, *memory], "checks": checks | same}
+    del forms  # a model is loaded beside nothing else
+    switching, switched = measure_switching(settings)
+    return {"rows": [*selection, *steps, *evaluation, *switching, *memory], "checks": checks | same | switched}
 
 
 def print_table(found: list[Row], checks: Mapping[str, bool]) -> None:

@@ -15,6 +15,7 @@ from s3distill.data.audio import read_audio
 from s3distill.data.manifest import read_manifest
 from s3distill.data.utterance_labels import read_utterance_labels
 from s3distill.encoder.checkpoint import parse_checkpoint
+from s3distill.masks.pack import trained_tensors
 from s3distill.masks.state import read_masks
 
 KINDS = {"mask": "mask", "full": "all weights", "head": "head alone"}
@@ -43,13 +44,12 @@ def accuracy(found: list[str], labels: list[str]) -> float:
 
 
 def added_bytes(checkpoint: Path, backbone: Path) -> int:
-    """What has to be stored beside the backbone: bits of masks, float32 of everything that differs from it."""
+    """What has to be stored beside the backbone: bits of masks, and everything that differs from it."""
     run, base = (parse_checkpoint(compat.load_checkpoint(path), str(path)) for path in (checkpoint, backbone))
-    num_bits = sum(mask.numel() for mask in read_masks(run).values())
-    trained = [
-        v for name, v in run.encoder_state.items() if not torch.equal(v.float(), base.encoder_state[name].float())
-    ]
-    return num_bits // 8 + 4 * sum(value.numel() for value in [*trained, *(run.head_state or {}).values()])
+    masks = read_masks(run, str(checkpoint))
+    _, trained = trained_tensors(run, base, masks, str(checkpoint), str(backbone))
+    num_bits = sum(mask.numel() for mask in masks.values())
+    return num_bits // 8 + sum(value.numel() * value.element_size() for value in trained.values())
 
 
 def table(out: Path, data: Path, split: str, tasks: list[str]) -> list[str]:

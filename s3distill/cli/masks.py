@@ -73,7 +73,13 @@ def read_backbone(path: str) -> ParsedCheckpoint:
 def run_list(args: argparse.Namespace) -> None:
     bank = MaskBank.open(args.bank or args.path)
     listing = describe(bank)
-    print(json.dumps(listing, indent=2, ensure_ascii=False) if args.json else "\n".join(table(listing)))
+    lines = json.dumps(listing, indent=2, ensure_ascii=False).split("\n") if args.json else table(listing)
+    print("\n".join(map(printable, lines)))
+
+
+def printable(line: str) -> str:
+    """Control characters, which a bank of unknown origin may hold, as the escapes of JSON: a terminal would obey them."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 
 
 def describe(bank: MaskBank) -> dict[str, Any]:

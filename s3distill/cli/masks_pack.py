@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
     checksum = backbone_checksum(backbone.encoder_state)
     if bank is not None:
         bank.check_backbone(checksum, backbone_path)
-    if trained.symbols is None and args.dict:
-        trained.symbols = [*SPECIAL_SYMBOLS, *read_dictionary(Path(args.dict))]
+    if args.dict:
+        _take_dictionary(trained, Path(args.dict), args.run)
     info = {**options_of(trained, state), "date": datetime.now(UTC).isoformat(timespec="seconds"), "source": args.run}
     entry = pack_run(trained, backbone, args.name, info, args.run, backbone_path)
     if bank is None:
@@ -50,6 +50,17 @@ def run(args: argparse.Namespace) -> None:
     else:
         bank.add(entry)
     _report(entry, bank)
+
+
+def _take_dictionary(trained: ParsedCheckpoint, path: Path, run_path: str) -> None:
+    symbols = [*SPECIAL_SYMBOLS, *read_dictionary(path)]
+    if trained.symbols is not None and trained.symbols != symbols:
+        differing = sorted({*trained.symbols} ^ {*symbols})
+        raise ValueError(
+            f"{path} must be the dictionary of {run_path}, which carries its own, but differs "
+            f"{f'in {differing[:5]}' if differing else 'in the order of its symbols'}; leave out --dict"
+        )
+    trained.symbols = symbols
 
 
 def _backbone_of(trained: ParsedCheckpoint, path: str) -> str:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from s3distill.analysis.mask_report import compare_with_reference, rank_pairs, write_mask_report
 from s3distill.analysis.mask_similarity import GROUPINGS, compare_masks
+from s3distill.cli.masks import add_bank_or_path
 from s3distill.data.similarity_csv import read_similarity
 from s3distill.masks.bank import MaskBank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bank", metavar="BANK", help="mask bank (.safetensors) with at least two entries")
+    add_bank_or_path(parser)
     parser.add_argument("--by", choices=list(GROUPINGS), default="layer", help="what the curves run over (%(default)s)")
     parser.add_argument(
         "--reference",
@@ -33,12 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    comparison = compare_masks(MaskBank.open(args.bank), args.by)
+    path = args.bank or args.path
+    comparison = compare_masks(MaskBank.open(path), args.by)
     reference = None
     if args.reference:
         matrix = read_similarity(args.reference)
         reference = compare_with_reference(comparison, matrix, Path(args.reference).name, args.permutations, args.seed)
-    paths = write_mask_report(args.output, comparison, Path(args.bank).name, reference)
+    paths = write_mask_report(args.output, comparison, Path(path).name, reference)
     for (a, b), overlap in rank_pairs(comparison.pairs):
         print(
             f"{a} {b}: kappa {overlap.kappa:.4f}, cosine {overlap.cosine:.4f} (by chance {overlap.chance_cosine:.4f})"

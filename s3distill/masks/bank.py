@@ -14,17 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from s3distill.masks.bank_entry import WEIGHTS_DTYPES, BankEntry, check_name, stored_form
-from s3distill.masks.bank_file import (
-    EntryHeader,
-    Header,
-    MaskLayout,
-    identity,
-    mask_key,
-    read_bank,
-    tensor_key,
-    write_bank,
-)
+from s3distill.masks.bank_checks import WEIGHTS_DTYPES, check_name
+from s3distill.masks.bank_entry import BankEntry, stored_form
+from s3distill.masks.bank_file import identity, read_bank, write_bank
+from s3distill.masks.bank_header import EntryHeader, Header, MaskLayout, mask_key, tensor_key
 from s3distill.masks.bank_size import BankSize, bank_size, entry_size
 
 __all__ = ["WEIGHTS_DTYPES", "BankEntry", "MaskBank", "check_name"]
@@ -44,6 +37,7 @@ class MaskBank:
     def _reopen(self) -> None:
         self._identity = identity(self.path)  # before reading: a change in between is then noticed when writing
         self._handle, self._header = read_bank(self.path)
+        self._intact: set[str] = set()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> MaskBank:
@@ -64,7 +58,8 @@ class MaskBank:
             checksum: of the backbone, see `backbone_checksum`.
             num_parameters: of the backbone's encoder, for `size`.
         Raises:
-            ValueError: the file is there already, or two entries share a name.
+            ValueError: the file is there already, two entries share a name, or a mask is larger than the backbone.
+            RuntimeError: another process has just made the file.
         """
         target = Path(os.path.realpath(path))
         if target.exists():
@@ -74,8 +69,9 @@ class MaskBank:
         header, tensors = Header(checksum, num_parameters), dict[str, Tensor]()
         for entry in entries:
             _refuse_duplicate(entry.name, header, target)
-            header.entries[entry.name], added = stored_form(entry)
-            tensors |= added
+            added, stored = stored_form(entry)
+            header = dataclasses.replace(header, entries={**header.entries, entry.name: added})
+            tensors |= stored
         write_bank(target, header, tensors, replaces=None)
         return cls(target)
 
@@ -138,8 +134,18 @@ class MaskBank:
         self._require_tensor(name, tensor)
         return tuple(self._handle.get_slice(tensor_key(name, tensor)).get_shape())
 
+    def check_intact(self, name: str) -> None:
+        """Refuses an entry whose bytes are not those that were packed (`ValueError`); reads them once per opening."""
+        if name not in self._intact and not self._matches_digest(name):
+            raise ValueError(
+                f"{name!r} in mask bank {self.path} is damaged: its bytes must be those that were packed, but are not; take a copy of "
+                "the bank, or pack the entry anew"
+            )
+        self._intact.add(name)
+
     def entry(self, name: str) -> BankEntry:
-        """A whole entry."""
+        """A whole entry; `ValueError` where it is damaged, so that damage never gets a digest of its own."""
+        self.check_intact(name)
         return BankEntry(
             name=name,
             masks={module: self.mask(name, module) for module in self.module_names(name)},
@@ -174,9 +180,7 @@ class MaskBank:
 
     def damaged_entries(self) -> Iterator[str]:
         """Reads everything; gives the names of entries whose bytes are not those that were packed."""
-        for name, header in self._header.entries.items():
-            if header.digest_of({key: self._handle.get_tensor(key) for key in header.keys(name)}) != header.digest:
-                yield name
+        yield from (name for name in self.names if not self._matches_digest(name))
 
     def size(self) -> BankSize:
         """Bytes of the bank, per entry and against separate models."""
@@ -189,6 +193,10 @@ class MaskBank:
         assert self._identity is not None
         stored = sum(size.total for size in sizes.values())
         return bank_size(self.num_parameters, sizes, header=self._identity[2] - stored)
+
+    def _matches_digest(self, name: str) -> bool:
+        entry = self._entry(name)
+        return entry.digest_of({key: self._handle.get_tensor(key) for key in entry.keys(name)}) == entry.digest
 
     def _entry(self, name: str) -> EntryHeader:
         if name not in self._header.entries:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s3distill.masks.bank_file import EntryHeader, MaskLayout, mask_key, tensor_key
+from s3distill.masks.bank_checks import check_head, check_info, check_name
+from s3distill.masks.bank_header import EntryHeader, MaskLayout, mask_key, tensor_key
 from s3distill.masks.bank_size import EntrySize, entry_size
-
-WEIGHTS_DTYPES = ("float32", "float16", "bfloat16")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a file's name, a word of a shell and a part of a tensor's name
 
 
 @dataclass(frozen=True)
@@ -47,19 +44,20 @@ class BankEntry:
             raise ValueError(f"masks must be bool, but those of {', '.join(wrong[:3])} in {self.name!r} are not")
         if not self.masks and not self.tensors:
             raise ValueError(f"an entry must have masks or trained tensors, but {self.name!r} has neither")
-        if self.info.get("weights_dtype", "float32") not in WEIGHTS_DTYPES:
+        foreign = [name for name, tensor in self.tensors.items() if not tensor.dtype.is_floating_point]
+        if foreign:
             raise ValueError(
-                f"`weights_dtype` must be one of {', '.join(WEIGHTS_DTYPES)}, but is {self.info['weights_dtype']!r} in {self.name!r}"
-            )
-        head = self.tensors.get("proj.weight")
-        if head is not None and self.symbols is not None and len(head) != len(self.symbols):
-            raise ValueError(
-                f"the head of {self.name!r} must have an output for each of its {len(self.symbols)} symbols, but has {len(head)}"
+                f"trained tensors must be floating point, but {', '.join(foreign[:3])} in {self.name!r} are not"
             )
         try:
             json.dumps(self.info)
         except (TypeError, ValueError) as error:
             raise ValueError(f"`info` of {self.name!r} must hold values for JSON ({error})") from error
+        try:
+            check_info(self.info)
+        except ValueError as error:
+            raise ValueError(f"{error} (in {self.name!r})") from error
+        check_head(self.name, self.symbols, self.masks, {name: t.shape for name, t in self.tensors.items()})
 
     def layouts(self) -> dict[str, MaskLayout]:
         """How the masks are stored: for the patterns rows and columns one bit per row or column."""
@@ -69,15 +67,6 @@ class BankEntry:
     def size(self) -> EntrySize:
         """Bytes that it takes in a bank; tensors on the meta device will do."""
         return entry_size(self.layouts().values(), {n: (t.numel(), t.element_size()) for n, t in self.tensors.items()})
-
-
-def check_name(name: str) -> None:
-    """Refuses what cannot be an entry's name (`ValueError`)."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"a name in a mask bank must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', but is {name!r}; "
-            "pass e.g. --name nl or --name zh-CN"
-        )
 
 
 def stored_form(entry: BankEntry) -> tuple[EntryHeader, dict[str, Tensor]]:

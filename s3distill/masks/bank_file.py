@@ -1,127 +1,43 @@
 """The mask bank's file: one safetensors file whose metadata holds a JSON header; read with checks, written in one step.
 
 tensors    NAME/mask/MODULE   uint8, see `MaskLayout`       NAME/tensor/FULL.NAME   trained tensors, as they were trained
-metadata   s3distill.mask_bank = {"version", "backbone": {"checksum", "num_parameters"},
-                                  "entries": {NAME: {"info", "symbols", "masks", "tensors", "digest"}}}
+metadata   s3distill.mask_bank = JSON, see `bank_header`
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
-import math
+import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from s3distill.masks.bits import pack_bits, packed_size, unpack_bits
-from s3distill.masks.checksum import content_digest
+from s3distill.masks.bank_checks import check_head, is_count
+from s3distill.masks.bank_header import VERSION, EntryHeader, Header, mask_key, parse_header, tensor_key
+
+try:
+    import fcntl
+except ImportError:  # not on every system
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 HEADER_KEY = "s3distill.mask_bank"
-VERSION = 1
-AXES = ("full", "rows", "columns")
+
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+# what a file system answers that has no locks or no hard links
+_UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}
 
 Identity = tuple[int, int, int] | None  # of a file: inode, time and size; None = there is no file
-
-
-@dataclass(frozen=True)
-class MaskLayout:
-    """How one mask is stored.
-
-    Attributes:
-        shape: of the weight.
-        axis: ``full`` = one bit per connection; ``rows`` / ``columns`` = one bit per output / input, where the mask is
-            constant over the rest (patterns of these names).
-    """
-
-    shape: tuple[int, ...]
-    axis: str = "full"
-
-    @classmethod
-    def of(cls, mask: Tensor, pattern: str = "unstructured") -> MaskLayout:
-        """The smallest layout that gives the mask back exactly; on the meta device the pattern is believed."""
-        layout = cls(tuple(mask.shape), pattern if pattern in AXES else "full")
-        if layout.axis == "full" or mask.dim() < 2:
-            return cls(tuple(mask.shape))
-        if mask.is_meta or torch.equal(layout._reduced(mask).expand(mask.shape), mask):
-            return layout
-        return cls(tuple(mask.shape))
-
-    @property
-    def packed_shape(self) -> tuple[int, ...]:
-        """Shape of the bits that are stored, one-sized where they count for a whole row or column."""
-        keep = {"rows": (0,), "columns": (1,)}.get(self.axis, range(len(self.shape)))
-        return tuple(size if i in keep else 1 for i, size in enumerate(self.shape))
-
-    @property
-    def num_bytes(self) -> int:
-        return packed_size(math.prod(self.packed_shape))
-
-    def pack(self, mask: Tensor) -> Tensor:
-        """bool of ``shape`` -> uint8 [num_bytes]."""
-        return pack_bits(self._reduced(mask))
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """uint8 [num_bytes] -> bool of ``shape``."""
-        return unpack_bits(packed, self.packed_shape).expand(self.shape).contiguous()
-
-    def _reduced(self, mask: Tensor) -> Tensor:
-        index = tuple(slice(0, size) for size in self.packed_shape)
-        return mask[index]
-
-
-@dataclass(frozen=True)
-class EntryHeader:
-    """What the header says of one entry; ``digest`` is the SHA-256 of its stored tensors and of `facts`."""
-
-    info: dict[str, Any]
-    symbols: list[str] | None
-    masks: dict[str, MaskLayout]
-    tensors: list[str]
-    digest: str = ""
-
-    def facts(self) -> dict[str, Any]:
-        """Everything but the digest, as values for JSON."""
-        masks = {module: [list(layout.shape), layout.axis] for module, layout in self.masks.items()}
-        return {"info": self.info, "symbols": self.symbols, "masks": masks, "tensors": self.tensors}
-
-    def digest_of(self, tensors: Mapping[str, Tensor]) -> str:
-        """What ``digest`` must be over these stored tensors."""
-        return content_digest(tensors, json.dumps(self.facts(), sort_keys=True))
-
-    def keys(self, name: str) -> list[str]:
-        """Names of the entry's tensors in the file."""
-        return [mask_key(name, m) for m in self.masks] + [tensor_key(name, t) for t in self.tensors]
-
-
-@dataclass(frozen=True)
-class Header:
-    """The bank's header: the backbone that all entries belong to, and the entries by name."""
-
-    checksum: str
-    num_parameters: int
-    entries: dict[str, EntryHeader] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        entries = {name: {**entry.facts(), "digest": entry.digest} for name, entry in self.entries.items()}
-        backbone = {"checksum": self.checksum, "num_parameters": self.num_parameters}
-        return json.dumps({"version": VERSION, "backbone": backbone, "entries": entries}, ensure_ascii=False)
-
-
-def mask_key(name: str, module: str) -> str:
-    return f"{name}/mask/{module}"
-
-
-def tensor_key(name: str, tensor: str) -> str:
-    return f"{name}/tensor/{tensor}"
 
 
 def identity(path: Path) -> Identity:
@@ -153,7 +69,7 @@ def read_bank(path: Path) -> tuple[Any, Header]:
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"mask bank {path} cannot be read: it must be a whole safetensors file, but is truncated, damaged or something else "
-            f"({path.stat().st_size} bytes; {error}); copy it again"
+            f"({path.stat().st_size} bytes; {str(error)!r}); copy it again"
         ) from error
     if HEADER_KEY not in metadata:
         raise ValueError(
@@ -162,46 +78,29 @@ def read_bank(path: Path) -> tuple[Any, Header]:
         )
     with _damaged_header(path):
         values = json.loads(metadata[HEADER_KEY])
-        version = int(values["version"])
+        version = values["version"]
+        if not is_count(version) or version < 1:
+            raise ValueError(f"the version must be a number from 1 on, but is {version!r}")
     if version > VERSION:
         raise ValueError(
             f"mask bank {path} has format version {version}, but this s3distill reads versions up to {VERSION}; upgrade s3distill"
         )
     with _damaged_header(path):
-        header = _parse_header(values)
+        header = parse_header(values)
     _check_tensors(handle, header, stored, path)
     return handle, header
 
 
 @contextlib.contextmanager
 def _damaged_header(path: Path) -> Iterator[None]:
-    """Whatever a header that another program wrote fails with becomes one message."""
+    """Whatever is wrong in a header that another program wrote becomes one message."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, RecursionError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, ValueError) as error:
         shown = f"the key {error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise ValueError(
             f"mask bank {path} has a damaged header ({shown}); take a copy of it, or pack it anew"
         ) from error
-
-
-def _parse_header(values: Mapping[str, Any]) -> Header:
-    entries = {}
-    for name, entry in values["entries"].items():
-        layouts = {m: MaskLayout(tuple(map(int, shape)), axis) for m, (shape, axis) in entry["masks"].items()}
-        for layout in layouts.values():
-            if layout.axis not in AXES:
-                raise ValueError(f"unknown mask layout {layout.axis!r}")
-        symbols = entry["symbols"]
-        entries[str(name)] = EntryHeader(
-            info=dict(entry["info"]),
-            symbols=None if symbols is None else list(map(str, symbols)),
-            masks=layouts,
-            tensors=list(map(str, entry["tensors"])),
-            digest=str(entry["digest"]),
-        )
-    backbone = values["backbone"]
-    return Header(str(backbone["checksum"]), int(backbone["num_parameters"]), entries)
 
 
 def _check_tensors(handle: Any, header: Header, stored: set[str], path: Path) -> None:
@@ -220,10 +119,24 @@ def _check_tensors(handle: Any, header: Header, stored: set[str], path: Path) ->
                     f"mask bank {path} is damaged: the mask of {module} in {name!r} must have {layout.num_bytes} bytes for the shape "
                     f"{layout.shape}, but has {found.get_shape()} of type {found.get_dtype()}; take a copy of it"
                 )
+        _check_trained(handle, name, entry, path)
+
+
+def _check_trained(handle: Any, name: str, entry: EntryHeader, path: Path) -> None:
+    """Trained tensors are numbers, and the head fits its mask and its dictionary."""
+    found = {tensor: handle.get_slice(tensor_key(name, tensor)) for tensor in entry.tensors}
+    wrong = [tensor for tensor, value in found.items() if value.get_dtype() not in _FLOATS]
+    if wrong:
+        raise ValueError(
+            f"mask bank {path} is damaged: trained tensors must be of a type of {', '.join(_FLOATS)}, but {wrong[0]} in {name!r} is of "
+            f"{found[wrong[0]].get_dtype()}; take a copy of it"
+        )
+    with _damaged_header(path):
+        check_head(name, entry.symbols, entry.masks, {tensor: value.get_shape() for tensor, value in found.items()})
 
 
 def write_bank(path: Path, header: Header, tensors: Mapping[str, Tensor], replaces: Identity) -> None:
-    """Writes a bank to a temporary name and renames it, so that whatever happens the old file or the new one is there, whole.
+    """Writes a bank to a temporary name and moves it into place, so that whatever happens the old file or the new one is there, whole.
 
     Args:
         replaces: the state of the file at ``path`` that ``tensors`` were read from; None = there is none.
@@ -233,21 +146,79 @@ def write_bank(path: Path, header: Header, tensors: Mapping[str, Tensor], replac
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the user's umask has it: safetensors makes files for their owner alone
+    with _locked(path):
+        _require_unchanged(path, replaces)  # whoever waited for the lock need not write at all
         try:
-            safetensors.torch.save_file(dict(tensors), temporary, {HEADER_KEY: header.to_json()})
-        except safetensors.SafetensorError as error:
-            raise OSError(f"mask bank {path} cannot be written ({error}); what was there is unchanged") from error
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(mode)
-        if identity(path) != replaces:
-            raise RuntimeError(
-                f"mask bank {path} must not change while it is written, but another process has just changed it; nothing was written: run "
-                "the command again"
-            )
+            _write_temporary(temporary, path, header, tensors)
+            _require_unchanged(path, replaces)
+            if replaces is None:
+                _publish(temporary, path)
+            else:
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_temporary(temporary: Path, path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the user's umask has it: safetensors makes files for their owner alone
+    try:
+        safetensors.torch.save_file(dict(tensors), temporary, {HEADER_KEY: header.to_json()})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"mask bank {path} cannot be written ({error}); what was there is unchanged") from error
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    temporary.chmod(mode)
+
+
+def _require_unchanged(path: Path, replaces: Identity) -> None:
+    if identity(path) != replaces:
+        raise RuntimeError(
+            f"mask bank {path} must not change while it is written, but another process has just changed it; nothing was written: run "
+            "the command again"
+        )
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Gives a new bank its name, if that is still free: unlike a renaming, a hard link never takes a file's place."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        _require_unchanged(path, None)
+        raise
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        logger.warning("%s has no hard links (%s): nobody else may make %s now", path.parent, error, path.name)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One at a time: of all processes that have read this state of the bank, only one checks and replaces it.
+
+    The lock is on the bank itself, so that no file is left beside it. Who had to wait finds another bank in its place, which
+    `_require_unchanged` sees; while this one is open, the system gives its inode to no other. Where there is no bank yet, or no
+    ``fcntl``, there is nothing to lock.
+    """
+    if fcntl is None or not path.exists():
+        yield
+        return
+    with _open_to_lock(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("mask bank %s is being written by another process: waiting for it", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            logger.warning("%s cannot be locked (%s): nobody else may change it now", path, error)
+        yield
+
+
+def _open_to_lock(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb+")  # network file systems lock what is open for writing
+    except PermissionError:
+        return open(path, "rb")

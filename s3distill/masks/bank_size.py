@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from s3distill.masks.bank_file import MaskLayout
+from s3distill.masks.bank_header import MaskLayout
 
 BYTES_OF_FLOAT32 = 4
 BACKBONE_PREFIX = "w2v_model."  # trained tensors without it are no part of the backbone: the head

@@ -13,7 +13,8 @@ def backbone_checksum(encoder_state: Mapping[str, Tensor]) -> str:
     """SHA-256 over the encoder's tensors: sorted by name, each as name, shape and little-endian float32 values.
 
     What stands beside the encoder in the file (heads of pre-training, optimizer, configuration) has no part in it, nor has the
-    type that the values are stored in: a file that was saved again, or fine-tuned over a frozen encoder, still fits.
+    type of the file: the same values in another type, saved again, or fine-tuned over as a frozen encoder, still fit. A file that
+    was rounded to half precision holds other values, and is another backbone.
 
     Args:
         encoder_state: see `encoder.checkpoint.ParsedCheckpoint`.

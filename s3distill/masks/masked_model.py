@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Set
-from typing import Self
+from collections.abc import Callable, Mapping, Set
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from s3distill.masks.checksum import backbone_checksum
 from s3distill.masks.options import ENCODER, HEAD
 
 _PREFIX = f"{ENCODER}."
+_HEAD_WEIGHT = f"{HEAD}.weight"
 
 
 class MaskableConv(WeightNormConv):
@@ -100,13 +101,27 @@ class MaskedModel(SpeechModel):
 
     @torch.no_grad()
     def use(self, name: str) -> Self:
-        """Switches to an entry, in place; where it raises, nothing has changed.
+        """Switches to an entry, in place; where the entry is refused, nothing has changed.
+
+        The bytes of an entry are held against their digest at its first use. What fails after the checks (no memory, a key
+        press) leaves the model without a language in use, and never with half of one.
 
         Raises:
-            ValueError: the bank has no such entry, or the entry does not fit the backbone.
+            ValueError: the bank has no such entry, or the entry is damaged or does not fit the backbone.
         """
         self._check_fit(name)
+        self.bank.check_intact(name)
         info, entry = self.bank.info(name), _Reader(self.bank, name)
+        head = entry.head(self.encoder.mask_emb)
+        self.name = None
+        self._exchange_weights(entry, info)
+        self._mask_convs(entry)
+        self.head, self.pooled = head, info.get("kind") == "classification"
+        self.symbols, self.normalize = self.bank.symbols(name), info.get("normalize", False)
+        self.name = name
+        return self
+
+    def _exchange_weights(self, entry: _Reader, info: Mapping[str, Any]) -> None:
         rounding = getattr(torch, info.get("weights_dtype", "float32"))
         parameters = dict(self.encoder.named_parameters())
         masked = {f"{module}.weight": module for module in entry.modules}
@@ -116,8 +131,8 @@ class MaskedModel(SpeechModel):
         self._restore(parameters, keep=changed)
         for key in changed:
             if key not in self._aside:
-                self._aside[key] = parameters[key].data
-                parameters[key].data = torch.empty_like(parameters[key])
+                own = torch.empty_like(parameters[key])
+                self._aside[key], parameters[key].data = parameters[key].data, own
             dense = self._aside[key]
             value = entry.tensor(key).to(dense) if key in entry.trained else dense.to(rounding).to(dense.dtype)
             if key in masked:
@@ -125,11 +140,6 @@ class MaskedModel(SpeechModel):
                 parameters[key].data.copy_(entry.mask(masked[key])).mul_(value)
             else:
                 parameters[key].data.copy_(value)
-        self._mask_convs(entry)
-        self.head, self.pooled = entry.head(self.encoder.mask_emb), info.get("kind") == "classification"
-        self.symbols, self.normalize = self.bank.symbols(name), bool(info.get("normalize", False))
-        self.name = name
-        return self
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> SpeechOutput:
         """Runs the model as `SpeechModel` does, in the language in use.
@@ -145,24 +155,29 @@ class MaskedModel(SpeechModel):
         return super().forward(waveforms, lengths)
 
     def _check_fit(self, name: str) -> None:
-        """Everything in the entry has its place in the encoder, of its shape."""
+        """Everything in the entry has its place in the encoder, of its shape, and the head has the width of its output."""
         shapes = {key: tuple(p.shape) for key, p in self.encoder.named_parameters()}
-        found: list[tuple[str, tuple[int, ...]]] = []
-        for module in self.bank.module_names(name):
+        bank, found = self.bank, list[tuple[str, tuple[int, ...]]]()
+        for module in bank.module_names(name):
             key = f"{module.removeprefix(_PREFIX)}.weight"
             key = key if key in shapes or module == HEAD else f"{key}_v"
-            found.append((key, self.bank.mask_shape(name, module)))
-        for full_name in self.bank.tensor_names(name):
-            found.append((full_name.removeprefix(_PREFIX), self.bank.tensor_shape(name, full_name)))
+            found.append((key, bank.mask_shape(name, module)))
+        for full_name in bank.tensor_names(name):
+            found.append((full_name.removeprefix(_PREFIX), bank.tensor_shape(name, full_name)))
+        if _HEAD_WEIGHT in bank.tensor_names(
+            name
+        ):  # of which the bank's header says that it fits its bias and its mask
+            outputs = bank.tensor_shape(name, _HEAD_WEIGHT)[0]
+            shapes |= {_HEAD_WEIGHT: (outputs, self.encoder.config.output_dim), f"{HEAD}.bias": (outputs,)}
         wrong = [
             f"{key} of shape {shape} instead of {shapes.get(key, 'nothing of that name')}"
             for key, shape in found
-            if not key.startswith(f"{HEAD}.") and shapes.get(key) != shape
+            if shapes.get(key) != shape
         ]
         if wrong:
             raise ValueError(
-                f"{name!r} in mask bank {self.bank.path} does not fit the backbone: {'; '.join(wrong[:3])} ({len(wrong)} in "
-                "all); pack it anew"
+                f"{name!r} in mask bank {bank.path} does not fit the backbone: {'; '.join(wrong[:3])} ({len(wrong)} in all); "
+                "pack it anew"
             )
 
     def _restore(self, parameters: dict[str, nn.Parameter], keep: Set[str]) -> None:
@@ -199,10 +214,9 @@ class _Reader:
 
     def head(self, like: Tensor) -> nn.Linear | None:
         """The entry's head, masked where it has a mask, of the type and on the device of ``like``."""
-        names = (f"{HEAD}.weight", f"{HEAD}.bias")
-        if not set(names) <= set(self.bank.tensor_names(self.name)):
+        if _HEAD_WEIGHT not in self.bank.tensor_names(self.name):
             return None
-        weight, bias = (self.bank.tensor(self.name, n).float() for n in names)
+        weight, bias = (self.bank.tensor(self.name, n).float() for n in (_HEAD_WEIGHT, f"{HEAD}.bias"))
         if HEAD in self.bank.module_names(self.name):
             weight = weight * self.bank.mask(self.name, HEAD)
         head = nn.Linear(weight.shape[1], weight.shape[0], device="meta")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,17 +34,14 @@ def pack_run(
         ValueError: the run has no masks, or its masked weights are not the backbone's (it trained them, or it is of another
             backbone): a mask alone cannot give that model.
     """
-    masks = read_masks(run)
+    masks = read_masks(run, run_name)
     if not masks:
         raise ValueError(
             f"{run_name} cannot be packed: it must be a run of wav2vec_ctc_st, whose masks lie over a shared backbone, but it has no masks "
             f"(model {run.model_name!r}); a dense model stands by itself"
         )
-    dtype = _weights_dtype(run.encoder_state)
-    changed = _changed(run, backbone, dtype, run_name, backbone_name)
-    _refuse_trained_weights(changed, masks, run_name, backbone_name)
-    tensors = {f"{ENCODER}.{key}": run.encoder_state[key] for key in changed}
-    tensors |= {f"{HEAD}.{key}": value for key, value in (run.head_state or {}).items()}
+    dtype, tensors = trained_tensors(run, backbone, masks, run_name, backbone_name)
+    _refuse_trained_weights(tensors, masks, run_name, backbone_name)
     kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
     facts = {
         "kind": kind_of(run),
@@ -62,19 +58,61 @@ def kind_of(run: ParsedCheckpoint) -> str:
     return "classification" if run.pooled else "ctc"
 
 
-def _weights_dtype(state: Mapping[str, Tensor]) -> str:
-    """The type that most of the weights are stored in."""
-    counts: Counter[str] = Counter()
-    for tensor in state.values():
-        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    (dtype, _), *_ = counts.most_common(1)
-    return dtype if dtype in WEIGHTS_DTYPES else "float32"
+def trained_tensors(
+    run: ParsedCheckpoint,
+    backbone: ParsedCheckpoint,
+    masked: Iterable[str],
+    run_name: str = "the run",
+    backbone_name: str = "the backbone",
+) -> tuple[str, dict[str, Tensor]]:
+    """What has to be stored of a run beside its masks and the backbone.
+
+    A run in half precision rounds the backbone, and fairseq's trainer saves it as float32 all the same (`utils.move_to_cpu`). So
+    the values decide: its type is the first of `WEIGHTS_DTYPES` under which fewest masked weights differ from the backbone's
+    (none, or the run has trained them), and of those fewest tensors.
+
+    Args:
+        masked: names of the masked modules.
+        run_name, backbone_name: what messages call the files.
+    Returns:
+        That type, and by full name the head and the encoder's tensors that differ from the rounded backbone's, in that type
+        where it holds their values exactly.
+    Raises:
+        ValueError: the encoder is another.
+    """
+    _refuse_another_encoder(run, backbone, run_name, backbone_name)
+    weights = {key for module in masked for key in _weights_of(module)}
+    changed = {dtype: _changed(run, backbone, getattr(torch, dtype)) for dtype in WEIGHTS_DTYPES}
+    dtype = min(changed, key=lambda d: (len(weights & set(changed[d])), len(changed[d])))
+    trained = {f"{ENCODER}.{key}": run.encoder_state[key] for key in changed[dtype]}
+    trained |= {f"{HEAD}.{key}": value for key, value in (run.head_state or {}).items()}
+    return dtype, {name: _as_trained(tensor, getattr(torch, dtype)) for name, tensor in trained.items()}
 
 
-def _changed(
-    run: ParsedCheckpoint, backbone: ParsedCheckpoint, dtype: str, run_name: str, backbone_name: str
-) -> list[str]:
-    """Names of the run's encoder tensors that are not the backbone's, rounded to ``dtype``."""
+def _changed(run: ParsedCheckpoint, backbone: ParsedCheckpoint, rounding: torch.dtype) -> list[str]:
+    """Names of the run's encoder tensors that are not the backbone's after rounding."""
+    base = backbone.encoder_state
+    return [
+        key
+        for key, value in run.encoder_state.items()
+        if not torch.equal(base[key].to(rounding).float(), value.float())
+    ]
+
+
+def _as_trained(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = tensor.to(dtype)
+    smaller = rounded.element_size() < tensor.element_size()
+    return rounded if smaller and torch.equal(rounded.float(), tensor.float()) else tensor
+
+
+def _weights_of(module: str) -> set[str]:
+    """Names in the encoder's state that a mask over this module may lie over."""
+    return {f"{module.removeprefix(f'{ENCODER}.')}.{weight}" for weight in _WEIGHTS}
+
+
+def _refuse_another_encoder(
+    run: ParsedCheckpoint, backbone: ParsedCheckpoint, run_name: str, backbone_name: str
+) -> None:
     own, base = run.encoder_state, backbone.encoder_state
     foreign = sorted(set(own) ^ set(base)) or sorted(key for key in own if own[key].shape != base[key].shape)
     if foreign:
@@ -82,13 +120,14 @@ def _changed(
             f"{run_name} must have the encoder of {backbone_name}, but {len(foreign)} tensors are not in both, or of another shape "
             f"({', '.join(foreign[:3])}); pass the checkpoint that the run had as model.w2v_path with --backbone"
         )
-    rounding = getattr(torch, dtype)
-    return [key for key, value in own.items() if not torch.equal(base[key].to(rounding).float(), value.float())]
 
 
-def _refuse_trained_weights(changed: list[str], masks: Mapping[str, Tensor], run_name: str, backbone_name: str) -> None:
+def _refuse_trained_weights(
+    tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], run_name: str, backbone_name: str
+) -> None:
     modules = [m for m in masks if m != HEAD]
-    trained = [m for m in modules if {f"{m.removeprefix(f'{ENCODER}.')}.{w}" for w in _WEIGHTS} & set(changed)]
+    changed = {name.removeprefix(f"{ENCODER}.") for name in tensors}
+    trained = [m for m in modules if _weights_of(m) & changed]
     if trained:
         raise ValueError(
             f"{run_name} cannot be packed: masks mean W * mask over the backbone's own weights, but the weights of {len(trained)} of its "

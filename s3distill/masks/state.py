@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from s3distill.masks.options import ENCODER, MaskOptions
 logger = logging.getLogger(__name__)
 
 SCORES = ".scores"
+_DAMAGED = "its configuration is damaged: take another copy of it"
 
 
 def adopt_state(network: MaskedNetwork, state: Mapping[str, Tensor], masks_only: bool = False) -> None:
@@ -69,11 +70,21 @@ def _check_scores(masked: Mapping[str, object], wanted: list[str], found: Mappin
             f"{len(wanted)}); mask the modules that it masks (fix_attn, fix_fc, no_prune_*), or start from a checkpoint with masks"
         )
     for name in wanted:
-        shape, expected = tuple(found[name].shape), tuple(masked[name].scores.shape)  # type: ignore[attr-defined]
+        scores, expected = found[name], tuple(masked[name].scores.shape)  # type: ignore[attr-defined]
+        if not isinstance(scores, Tensor) or not scores.is_floating_point():
+            came = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"the scores of {name} must be a tensor of floats, but are {came}; take another copy of the checkpoint"
+            )
+        shape = tuple(scores.shape)
         if shape != expected:
             raise ValueError(
                 f"the scores of {name} must have the shape {expected}, but the checkpoint has {shape}; was it trained with another "
                 "mask_pattern or linear_st_op, or over another backbone?"
+            )
+        if bool(scores.isnan().any()):
+            raise ValueError(
+                f"the scores of {name} must be numbers, but hold NaN: the training that wrote them diverged; take an earlier checkpoint"
             )
 
 
@@ -114,39 +125,69 @@ def _copy(values: Mapping[Tensor, Tensor]) -> None:
         target.copy_(value)
 
 
-def read_masks(checkpoint: ParsedCheckpoint) -> dict[str, Tensor]:
+def read_masks(checkpoint: ParsedCheckpoint, name: str = "the checkpoint") -> dict[str, Tensor]:
     """The binary masks of a trained checkpoint: module -> bool of the weight's shape; empty for a dense one.
 
+    Args:
+        name: what messages call the file.
     Raises:
         ValueError: the scores do not fit the options that the checkpoint carries.
     """
     if not checkpoint.scores:
         return {}
-    network = network_of(checkpoint)
-    return {name: module.mask() for name, module in network.masked_modules().items()}
+    network = network_of(checkpoint, name)
+    return {module_name: module.mask() for module_name, module in network.masked_modules().items()}
 
 
-def network_of(checkpoint: ParsedCheckpoint) -> MaskedNetwork:
+def network_of(checkpoint: ParsedCheckpoint, name: str = "the checkpoint") -> MaskedNetwork:
     """Rebuilds the network of a trained checkpoint, masks included, in evaluation mode.
 
+    Args:
+        name: what messages call the file.
     Raises:
-        ValueError: it has no head, or its tensors do not fit its options.
+        ValueError: it has no head, its options are damaged, or its tensors do not fit them.
     """
     if checkpoint.head_state is None:
-        raise ValueError("the checkpoint has no head (w2v_encoder.proj); masks are trained with one")
-    network = MaskedNetwork(checkpoint.config, len(checkpoint.head_state["weight"]), pool=checkpoint.pooled)
+        raise ValueError(f"{name} has no head (w2v_encoder.proj); masks are trained with one")
+    try:
+        return _network_of(checkpoint, checkpoint.head_state)
+    except ValueError as error:
+        raise ValueError(
+            f"the {'masks' if checkpoint.scores else 'weights'} of {name} cannot be read: {error}"
+        ) from error
+
+
+def _network_of(checkpoint: ParsedCheckpoint, head_state: Mapping[str, Tensor]) -> MaskedNetwork:
+    if head_state["weight"].dim() != 2:
+        raise ValueError(
+            f"the head's weight must be [outputs, width], but has the shape {tuple(head_state['weight'].shape)}"
+        )
+    network = MaskedNetwork(checkpoint.config, len(head_state["weight"]), pool=checkpoint.pooled)
     if checkpoint.scores:
-        # whatever made the scores, the mask is their top-k
-        method = {"init_score": "zero", "prune_method": "s3_router", "prune_interval": None, "prune_steps": None}
-        network.add_masks(MaskOptions.from_mapping({**checkpoint.model_options, **method}))
+        network.add_masks(_options_of(checkpoint))
     state = {f"{ENCODER}.{name}": value for name, value in checkpoint.encoder_state.items()}
-    state |= {f"proj.{name}": value for name, value in checkpoint.head_state.items()}
+    state |= {f"proj.{name}": value for name, value in head_state.items()}
     state |= {f"{name}{SCORES}": value for name, value in checkpoint.scores.items()}
     if checkpoint.scores:
         adopt_state(network, state)
     else:
         _load_weights(network, state)
     return network.eval()
+
+
+def _options_of(checkpoint: ParsedCheckpoint) -> MaskOptions:
+    """The options of its masks. Whatever made the scores, the mask is their top-k."""
+    options = checkpoint.model_options
+    for option in ("prune_rate", "init_score_scale", "fix_mask_before", "load_mask_before"):
+        if option in options and not isinstance(options[option], int | float):
+            raise ValueError(f"`{option}` must be a number, but is {options[option]!r}; {_DAMAGED}")
+    for option in ("layerwise_prune_rate", "fc_attn_prune_rate"):
+        values = options.get(option)
+        is_list = isinstance(values, Sequence) and all(isinstance(value, int | float) for value in values)
+        if values is not None and not is_list:
+            raise ValueError(f"`{option}` must be a list of numbers, or null, but is {values!r}; {_DAMAGED}")
+    method = {"init_score": "zero", "prune_method": "s3_router", "prune_interval": None, "prune_steps": None}
+    return MaskOptions.from_mapping({**options, **method})
 
 
 def baked(checkpoint: ParsedCheckpoint, name: str = "the checkpoint") -> ParsedCheckpoint:
@@ -159,10 +200,7 @@ def baked(checkpoint: ParsedCheckpoint, name: str = "the checkpoint") -> ParsedC
     """
     if not checkpoint.scores:
         return checkpoint
-    try:
-        network = network_of(checkpoint)
-    except ValueError as error:
-        raise ValueError(f"the masks of {name} cannot be read: {error}") from error
+    network = network_of(checkpoint, name)
     network.bake()
     encoder, head = dict(network.w2v_model.state_dict()), dict(network.proj.state_dict())
     return dataclasses.replace(checkpoint, encoder_state=encoder, head_state=head, scores={})

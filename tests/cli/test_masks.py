@@ -22,7 +22,7 @@ from s3distill.masks.bank import MaskBank
 from s3distill.masks.masked_model import MaskedModel
 from s3distill.masks.state import read_masks
 from tests.masks import runs
-from tests.masks.banks import CONFIG, make_backbone
+from tests.masks.banks import CONFIG, NUM_PARAMETERS, make_backbone, make_entry
 
 SYMBOLS = ["<s>", "<pad>", "</s>", "<unk>", *runs.LETTERS]
 
@@ -101,8 +101,9 @@ def test_the_report_says_what_it_costs(trained: Path, tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_run_in_half_precision_is_packed(dtype: torch.dtype, trained: Path, tmp_path: Path) -> None:
-    """Rounding is no training: the entry must not hold the whole backbone."""
+    """Rounding is no training: the entry must not hold the whole backbone. What a trainer saves is float32, whatever it ran in."""
     run = runs.write_run(tmp_path / "half.pt", trained / "backbone.pt", trained / "data", dtype=dtype)
+    assert {value.dtype for value in torch.load(run, weights_only=False)["model"].values()} == {torch.float32}
     assert main(["masks", "pack", str(run), "--name", "half", "--bank", str(tmp_path / "bank")]) == 0
     bank = MaskBank.open(tmp_path / "bank")
     assert bank.tensor_names("half") == ["w2v_model.mask_emb", "proj.weight", "proj.bias"]
@@ -129,6 +130,23 @@ def test_a_run_without_a_dictionary_takes_one(
     (tmp_path / "short.txt").write_text("A 1\n")
     err = refused(capsys, *command, "short", "--dict", tmp_path / "short.txt")
     assert "the head of 'short' must have an output for each of its 5 symbols, but has 10" in err
+
+
+def test_a_dictionary_must_be_the_runs_own(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["pack", trained / "nl.pt", "--bank", tmp_path / "bank", "--name", "nl", "--dict"]
+    letters = [f"{letter} 1" for letter in runs.LETTERS]
+    for lines, part in (
+        ([*letters[:-1], "Q 1"], "differs in ['E', 'Q']; leave out --dict"),
+        (letters[::-1], "differs in the order of its symbols"),
+    ):
+        (tmp_path / "wrong.txt").write_text("\n".join(lines) + "\n")
+        err = refused(capsys, *command, tmp_path / "wrong.txt")
+        assert (
+            "wrong.txt must be the dictionary of" in err and "nl.pt, which carries its own, but" in err and part in err
+        )
+        assert not (tmp_path / "bank").exists()
+    printed(capsys, *command, trained / "data" / "dict.ltr.txt")
+    assert MaskBank.open(tmp_path / "bank").symbols("nl") == SYMBOLS
 
 
 def test_a_head_for_utterances_is_packed_with_its_classes(
@@ -263,6 +281,18 @@ def test_the_table_names_every_entry(bank: Path, capsys: pytest.CaptureFixture[s
     assert "0.0% saved" in printed(capsys, "list", "--bank", empty)
 
 
+def test_a_terminal_does_not_obey_a_bank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = "run\x1b[2J\x9b2J\u202e\n\u2028.pt"
+    bank = tmp_path / "bank"
+    MaskBank.create(bank, "ab" * 32, NUM_PARAMETERS, [make_entry("nl", source=source, labels="\x7f", more="\x85 é")])
+    out = printed(capsys, "list", bank)
+    assert r"run\u001b[2J\u009b2J\u202e\n\u2028.pt" in out
+    assert all(c.isprintable() for line in out.split("\n") for c in line)
+    out = printed(capsys, "list", bank, "--json")
+    assert all(c.isprintable() for line in out.split("\n") for c in line) and "é" in out
+    assert json.loads(out)["masks"][0]["source"] == source
+
+
 # --- verify, extract, remove
 
 
@@ -279,7 +309,16 @@ def test_verify_finds_what_is_wrong(
     contents[-3] ^= 1
     bank.write_bytes(contents)
     assert main(["masks", "verify", "--bank", str(bank)]) == 1
-    assert "must be those that were packed, but are not" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "must be those that were packed, but are not" in out
+    (damaged,) = (name for name in ("nl", "fr") if f"{name!r}" in out)
+    whole = ({"nl", "fr"} - {damaged}).pop()
+    given = ("--bank", bank, "--name", damaged)
+    assert f"{damaged!r} in mask bank" in refused(capsys, "extract", *given, tmp_path / "alone")
+    given = (*given, "--backbone", trained / "backbone.pt")
+    assert "is damaged: its bytes must be those that were packed" in refused(capsys, "bake", *given, tmp_path / "dense")
+    assert not (tmp_path / "alone").exists() and not (tmp_path / "dense").exists()
+    printed(capsys, "extract", "--bank", bank, "--name", whole, tmp_path / "alone")
     bank.write_bytes(contents[:-1])
     assert "is truncated, damaged or something else" in refused(capsys, "verify", "--bank", bank)
 
@@ -297,6 +336,15 @@ def test_extract_and_remove(bank: Path, trained: Path, tmp_path: Path, capsys: p
         assert "has no 'fr'; it has nl" in refused(capsys, command[0], "--bank", bank, "--name", "fr", *command[1:])
     assert bank.read_bytes() == before and not (tmp_path / "x").exists()
     assert "does not exist; check the path" in refused(capsys, "list", "--bank", tmp_path / "gone")
+
+
+# --- similarity
+
+
+def test_similarity_takes_its_bank_as_list_does(bank: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("scipy")
+    one, two = (printed(capsys, "similarity", *given, "-o", tmp_path / "out") for given in ((bank,), ("--bank", bank)))
+    assert one == two and "nl fr: kappa" in one.replace("fr nl", "nl fr")
 
 
 # --- bake (that it decodes the same: tests/tasks/test_mask_bank_decoding.py)

@@ -47,6 +47,9 @@ def make_backbone(seed: int = 0, config: EncoderConfig = CONFIG) -> ParsedCheckp
     return ParsedCheckpoint(family="wav2vec2", config=config, encoder_state=state, normalize=False)
 
 
+NUM_PARAMETERS = sum(tensor.numel() for tensor in make_backbone().encoder_state.values())
+
+
 def weight_shape(backbone: ParsedCheckpoint, module: str) -> tuple[int, ...]:
     if module == "proj":
         return len(SYMBOLS), backbone.config.embed_dim

@@ -63,7 +63,7 @@ def write_run(
     normalize: bool = False,
     **options: Any,
 ) -> Path:
-    """A trained run; what does not learn is the backbone's, rounded to ``dtype``."""
+    """A trained run in ``dtype``; what does not learn is the backbone's, rounded. Saved as float32 (`fairseq.utils.move_to_cpu`)."""
     config = OmegaConf.create(_plain(FairseqConfig()))
     task_options = AudioCtcConfig(data=str(corpus), labels="ltr", normalize=normalize)
     config.task = OmegaConf.create({**_plain(task_options), "_name": "audio_ctc"})
@@ -73,7 +73,7 @@ def write_run(
     model = task.build_model(config.model)
     learn(model, seed)
     weights: dict[str, Tensor] = {
-        key: value if key.endswith(".scores") else value.to(dtype) for key, value in model.state_dict().items()
+        key: value if key.endswith(".scores") else value.to(dtype).float() for key, value in model.state_dict().items()
     }
     state = {
         "args": None,

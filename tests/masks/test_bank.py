@@ -26,10 +26,11 @@ from s3distill.encoder.config import EncoderConfig, parse_conv_layers, uniform_l
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.masks import bank_file
 from s3distill.masks.bank import BankEntry, MaskBank
-from s3distill.masks.bank_file import HEADER_KEY, MaskLayout
+from s3distill.masks.bank_file import HEADER_KEY
+from s3distill.masks.bank_header import MaskLayout
 from s3distill.masks.bank_size import bank_size
 from s3distill.masks.checksum import backbone_checksum
-from tests.masks.banks import FFN, KINDS, SYMBOLS, make_backbone, make_entry
+from tests.masks.banks import FFN, KINDS, NUM_PARAMETERS, SYMBOLS, make_backbone, make_entry
 
 CHECKSUM = "ab" * 32
 
@@ -42,7 +43,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def bank(path: Path) -> MaskBank:
     """Entries nl and fr."""
-    bank = MaskBank.create(path, CHECKSUM, 1000, [make_entry("nl", seed=1)])
+    bank = MaskBank.create(path, CHECKSUM, NUM_PARAMETERS, [make_entry("nl", seed=1)])
     bank.add(make_entry("fr", seed=2, modules=KINDS, trained=("mask_emb", "layer_norm.weight"), density=0.9))
     return bank
 
@@ -60,7 +61,7 @@ def assert_same(one: BankEntry, other: BankEntry) -> None:
 
 def test_entries_come_back_as_they_were(bank: MaskBank, path: Path) -> None:
     for opened in (bank, MaskBank.open(path)):
-        assert opened.names == ["nl", "fr"] and opened.checksum == CHECKSUM and opened.num_parameters == 1000
+        assert opened.names == ["nl", "fr"] and opened.checksum == CHECKSUM and opened.num_parameters == NUM_PARAMETERS
         assert_same(opened.entry("nl"), make_entry("nl", seed=1))
         trained = ("mask_emb", "layer_norm.weight")
         assert_same(opened.entry("fr"), make_entry("fr", seed=2, modules=KINDS, trained=trained, density=0.9))
@@ -75,14 +76,14 @@ def test_entries_come_back_as_they_were(bank: MaskBank, path: Path) -> None:
 def test_every_pattern_and_type_comes_back(pattern: str, dtype: torch.dtype, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         entry = make_entry("nl", seed, modules=KINDS, dtype=dtype, pattern=pattern)
-        bank = MaskBank.create(Path(folder) / "bank.safetensors", CHECKSUM, 1000, [entry])
+        bank = MaskBank.create(Path(folder) / "bank.safetensors", CHECKSUM, NUM_PARAMETERS, [entry])
         assert_same(bank.entry("nl"), entry)
         assert list(bank.damaged_entries()) == []
 
 
 def test_rows_and_columns_take_one_bit_each(path: Path) -> None:
     entries = [make_entry(p, pattern=p) for p in ("unstructured", "rows", "columns")]
-    size = MaskBank.create(path, CHECKSUM, 1000, entries).size()
+    size = MaskBank.create(path, CHECKSUM, NUM_PARAMETERS, entries).size()
     # fc1 [24, 16] and fc2 [16, 24] in two layers
     assert size.entries["unstructured"].masks == 2 * (24 * 16 // 8) * 2
     assert size.entries["rows"].masks == 2 * (24 // 8 + 16 // 8)
@@ -101,7 +102,7 @@ def test_tensors_that_share_memory_are_stored(path: Path) -> None:
     entry = make_entry("nl")
     shared = torch.randn(8, 4)
     entry.tensors["w2v_model.one"], entry.tensors["w2v_model.two"] = shared[:, 1], shared.T
-    bank = MaskBank.create(path, CHECKSUM, 1000, [entry])
+    bank = MaskBank.create(path, CHECKSUM, NUM_PARAMETERS, [entry])
     assert torch.equal(bank.tensor("nl", "w2v_model.one"), shared[:, 1])
     assert torch.equal(bank.tensor("nl", "w2v_model.two"), shared.T)
 
@@ -130,7 +131,7 @@ def test_one_mask_reads_one_tensor(bank: MaskBank) -> None:
 def test_the_same_entries_give_the_same_bytes(tmp_path: Path) -> None:
     files = [tmp_path / "one", tmp_path / "two"]
     for file in files:
-        MaskBank.create(file, CHECKSUM, 1000, [make_entry("nl"), make_entry("fr", seed=2)])
+        MaskBank.create(file, CHECKSUM, NUM_PARAMETERS, [make_entry("nl"), make_entry("fr", seed=2)])
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -159,7 +160,7 @@ def test_a_removed_name_can_be_taken_again(bank: MaskBank) -> None:
 def test_extracting_makes_a_bank_of_one(bank: MaskBank, tmp_path: Path) -> None:
     before = bank.path.read_bytes()
     alone = bank.extract("fr", tmp_path / "new" / "fr.safetensors")
-    assert alone.names == ["fr"] and alone.checksum == CHECKSUM and alone.num_parameters == 1000
+    assert alone.names == ["fr"] and alone.checksum == CHECKSUM and alone.num_parameters == NUM_PARAMETERS
     assert_same(alone.entry("fr"), bank.entry("fr"))
     assert bank.path.read_bytes() == before
 
@@ -206,7 +207,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
 
 def test_two_new_entries_of_one_name_are_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="has 'nl' already"):
-        MaskBank.create(path, CHECKSUM, 1000, [make_entry("nl"), make_entry("nl", seed=2)])
+        MaskBank.create(path, CHECKSUM, NUM_PARAMETERS, [make_entry("nl"), make_entry("nl", seed=2)])
     assert not path.exists()
 
 
@@ -218,7 +219,7 @@ def test_odd_names_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["nl", "zh-CN", "x_1.2", "0", "a..b"])
 def test_plain_names_are_taken(name: str, path: Path) -> None:
-    assert MaskBank.create(path, CHECKSUM, 1000, [make_entry(name)]).names == [name]
+    assert MaskBank.create(path, CHECKSUM, NUM_PARAMETERS, [make_entry(name)]).names == [name]
 
 
 @pytest.mark.parametrize(
@@ -442,11 +443,11 @@ def test_a_bank_that_appears_meanwhile_is_not_overwritten(path: Path, monkeypatc
     def slow_save(tensors: Any, file: Any, metadata: Any) -> None:
         save(tensors, file, metadata)
         monkeypatch.undo()
-        MaskBank.create(path, CHECKSUM, 1000, [make_entry("fr")])
+        MaskBank.create(path, CHECKSUM, NUM_PARAMETERS, [make_entry("fr")])
 
     monkeypatch.setattr(safetensors.torch, "save_file", slow_save)
     with pytest.raises(RuntimeError, match="another process has just changed it"):
-        MaskBank.create(path, CHECKSUM, 1000, [make_entry("nl")])
+        MaskBank.create(path, CHECKSUM, NUM_PARAMETERS, [make_entry("nl")])
     assert MaskBank.open(path).names == ["fr"]
 
 
@@ -498,8 +499,8 @@ def test_the_accounting_is_the_size_of_the_file(bank: MaskBank) -> None:
         assert size.entries[name] == entry.size()
         head = 4 * (7 * 16 + 7)
         assert size.entries[name].head_float32 == head
-    assert size.backbone == 4000 and size.total == 4000 + os.path.getsize(bank.path)
-    assert size.separate == 2 * (4000 + head)
+    assert size.backbone == 4 * NUM_PARAMETERS and size.total == size.backbone + os.path.getsize(bank.path)
+    assert size.separate == 2 * (size.backbone + head)
     assert size.saved == pytest.approx(1 - size.total / size.separate)
 
 

@@ -21,7 +21,7 @@ from s3distill.masks.bank import MaskBank
 from s3distill.masks.checksum import backbone_checksum
 from s3distill.masks.masked_model import MaskedModel
 from s3distill.masks.pack import dense_state, entry_state
-from tests.masks.banks import CONFIG, FFN, KINDS, SYMBOLS, make_backbone, make_entry
+from tests.masks.banks import CONFIG, FFN, KINDS, NUM_PARAMETERS, SYMBOLS, make_backbone, make_entry
 
 BACKBONE = make_backbone()
 TRAINED = ("mask_emb", "layer_norm.weight", "encoder.layers.0.fc1.bias", "encoder.layers.1.self_attn.q_proj.weight")
@@ -41,8 +41,7 @@ ENTRIES = {
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> MaskBank:
     path = tmp_path_factory.mktemp("bank") / "bank.safetensors"
-    num_parameters = sum(t.numel() for t in BACKBONE.encoder_state.values())
-    return MaskBank.create(path, backbone_checksum(BACKBONE.encoder_state), num_parameters, list(ENTRIES.values()))
+    return MaskBank.create(path, backbone_checksum(BACKBONE.encoder_state), NUM_PARAMETERS, list(ENTRIES.values()))
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ def test_every_mask_of_an_entry_counts(bank: MaskBank, tmp_path: Path) -> None:
         for i, module in enumerate(KINDS):
             masks = {**entry.masks, module: torch.zeros_like(entry.masks[module])}
             closed = [dataclasses.replace(entry, masks=masks)]
-            other = MaskBank.create(tmp_path / str(i), bank.checksum, 1, closed)
+            other = MaskBank.create(tmp_path / str(i), bank.checksum, NUM_PARAMETERS, closed)
             changed = MaskedModel.load(BACKBONE, other).use("fr")(waveforms, lengths).logits
             assert (changed - expected).abs().max() > 1e-4, module
 
@@ -184,7 +183,7 @@ def test_a_loaded_model_is_a_backbone_too(bank: MaskBank) -> None:
 
 def test_a_backbone_in_half_precision_is_read(tmp_path: Path) -> None:
     half = dataclasses.replace(BACKBONE, encoder_state={k: v.half() for k, v in BACKBONE.encoder_state.items()})
-    bank = MaskBank.create(tmp_path / "bank", backbone_checksum(half.encoder_state), 1, [ENTRIES["nl"]])
+    bank = MaskBank.create(tmp_path / "bank", backbone_checksum(half.encoder_state), NUM_PARAMETERS, [ENTRIES["nl"]])
     model = MaskedModel.load(half, bank).use("nl")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model(*batch()).logits.isfinite().all()
@@ -220,7 +219,7 @@ def test_a_pruned_wavlm_keeps_its_heads(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, layers=layers, position_buckets=8, position_max_distance=16, position_heads=2)
     backbone = make_backbone(0, config)
     entry = make_entry("nl", backbone=backbone)
-    bank = MaskBank.create(tmp_path / "bank", backbone_checksum(backbone.encoder_state), 1, [entry])
+    bank = MaskBank.create(tmp_path / "bank", backbone_checksum(backbone.encoder_state), NUM_PARAMETERS, [entry])
     state = dense_state(entry_state(backbone, entry), entry.masks)
     encoder_state = {k.removeprefix("w2v_model."): v for k, v in state.items() if k.startswith("w2v_model.")}
     expected = SpeechModel(dataclasses.replace(backbone, encoder_state=encoder_state))
@@ -232,7 +231,7 @@ def test_an_entry_without_masks_or_head_is_a_language_too(tmp_path: Path) -> Non
     whole = make_entry("de")
     bare = dataclasses.replace(whole, tensors={}, symbols=None)
     probe = dataclasses.replace(whole, name="probe", masks={})
-    bank = MaskBank.create(tmp_path / "bank", backbone_checksum(BACKBONE.encoder_state), 1, [bare, probe])
+    bank = MaskBank.create(tmp_path / "bank", backbone_checksum(BACKBONE.encoder_state), NUM_PARAMETERS, [bare, probe])
     model = MaskedModel.load(BACKBONE, bank)
     assert model.use("de")(*batch()).logits is None
     plain = SpeechModel(BACKBONE)
@@ -296,13 +295,88 @@ def test_an_entry_that_does_not_fit_changes_nothing(
     masks: dict[str, Tensor], tensors: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:
     wrong = dataclasses.replace(make_entry("bad"), masks=masks, tensors=tensors, symbols=None)
-    bank = MaskBank.create(tmp_path / "bank", backbone_checksum(BACKBONE.encoder_state), 1, [ENTRIES["nl"], wrong])
-    model = MaskedModel.load(BACKBONE, bank).use("nl")
+    bank = MaskBank.create(
+        tmp_path / "bank", backbone_checksum(BACKBONE.encoder_state), NUM_PARAMETERS, [ENTRIES["nl"], wrong]
+    )
+    message = rf"'bad' in mask bank .* does not fit the backbone: .*{message}"
+    assert_refused_without_a_trace(MaskedModel.load(BACKBONE, bank).use("nl"), message)
+
+
+HEAD = {"proj.weight": torch.ones(7, 12), "proj.bias": torch.ones(7)}
+
+
+@pytest.mark.parametrize(
+    ("masks", "tensors", "message"),
+    [
+        ({}, HEAD, r"proj\.weight of shape \(7, 12\) instead of \(7, 16\)"),
+        ({"proj": torch.ones(7, 16, dtype=torch.bool)}, {}, "proj.weight of shape .* instead of nothing of that name"),
+        ({"w2v_model.encoder.layers.0.fc1.weight": torch.ones(2, 2, dtype=torch.bool)}, {}, "nothing of that name"),
+    ],
+)
+def test_a_head_that_does_not_fit_changes_nothing(
+    masks: dict[str, Tensor], tensors: dict[str, Tensor], message: str, tmp_path: Path
+) -> None:
+    """It comes last in an entry, but must be looked at before the first weight is exchanged."""
+    entry = make_entry("bad", 9)
+    own = (
+        {}
+        if "proj" in masks
+        else {"proj.weight": entry.tensors["proj.weight"], "proj.bias": entry.tensors["proj.bias"]}
+    )
+    tensors = {"w2v_model.mask_emb": entry.tensors["w2v_model.mask_emb"], **own, **tensors}
+    wrong = dataclasses.replace(entry, masks=entry.masks | masks, tensors=tensors)
+    bank = MaskBank.create(
+        tmp_path / "bank", backbone_checksum(BACKBONE.encoder_state), NUM_PARAMETERS, [ENTRIES["nl"], wrong]
+    )
+    assert_refused_without_a_trace(MaskedModel.load(BACKBONE, bank).use("nl"), rf"'bad' .*does not fit.* {message}")
+
+
+def assert_refused_without_a_trace(model: MaskedModel, message: str) -> None:
     before = [t.clone() for _, t in weights_of(model)]
-    with pytest.raises(ValueError, match=rf"'bad' in mask bank .* does not fit the backbone: .*{message}"):
+    with pytest.raises(ValueError, match=message):
         model.use("bad")
     assert model.name == "nl" and model.symbols == SYMBOLS
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, weights_of(model), strict=True))
+
+
+def test_a_damaged_entry_changes_nothing(tmp_path: Path) -> None:
+    bank = MaskBank.create(
+        tmp_path / "bank",
+        backbone_checksum(BACKBONE.encoder_state),
+        NUM_PARAMETERS,
+        [ENTRIES["nl"], make_entry("bad", 9)],
+    )
+    contents = bytearray(bank.path.read_bytes())
+    mask = bank._handle.get_tensor(f"bad/mask/{FFN[1]}").numpy().tobytes()
+    assert contents.count(mask) == 1
+    contents[contents.index(mask)] ^= 8
+    bank.path.write_bytes(contents)
+    model = MaskedModel.load(BACKBONE, MaskBank.open(bank.path)).use("nl")
+    assert_refused_without_a_trace(model, r"'bad' in mask bank .* is damaged: its bytes must be those that were packed")
+
+
+def test_a_switch_that_is_interrupted_leaves_no_half_language(
+    model: MaskedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it happens; the backbone is whole, so the next switch gives a whole language."""
+    backbone = {k: v.clone() for k, v in BACKBONE.encoder_state.items()}
+    expected = [t.clone() for _, t in weights_of(model.use("fr"))]
+    empty_like, calls = torch.empty_like, iter(range(100))
+
+    def fail_once(tensor: Tensor) -> Tensor:
+        if next(calls) == 5:
+            raise MemoryError
+        return empty_like(tensor)
+
+    model.use("nl")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "empty_like", fail_once)
+        model.use("half")
+    with pytest.raises(RuntimeError, match=r"has none yet; call \.use\(name\)"):
+        model(*batch())
+    model.use("fr")
+    assert all(torch.equal(a, b) for a, (_, b) in zip(expected, weights_of(model), strict=True))
+    assert all(torch.equal(backbone[k], v) for k, v in BACKBONE.encoder_state.items())
 
 
 _WITHOUT_FAIRSEQ = """

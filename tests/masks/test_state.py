@@ -389,5 +389,52 @@ def test_a_file_whose_scores_do_not_fit_its_options() -> None:
         network_of(dataclasses.replace(parsed, head_state=None))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prune_rate": "abc"}, r"`prune_rate` must be a number, but is 'abc'; its configuration is damaged"),
+        ({"prune_rate": None}, r"`prune_rate` must be a number, but is None"),
+        ({"prune_rate": float("nan")}, r"`prune_rate` is the kept fraction and must be in \(0, 1\], but is nan"),
+        ({"fix_mask_before": "x"}, r"`fix_mask_before` must be a number, but is 'x'"),
+        ({"load_mask_before": [1]}, r"`load_mask_before` must be a number, but is \[1\]"),
+        ({"layerwise_prune_rate": 3}, r"`layerwise_prune_rate` must be a list of numbers, or null, but is 3"),
+        ({"layerwise_prune_rate": "abc"}, r"`layerwise_prune_rate` must be a list of numbers, or null, but is 'abc'"),
+        ({"fc_attn_prune_rate": [0.5, None]}, r"`fc_attn_prune_rate` must be a list of numbers.*but is \[0\.5, None\]"),
+        ({"mask_pattern": ["rows"]}, r"`mask_pattern` must be one of"),
+    ],
+)
+def test_damaged_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    parsed = parsed_checkpoint(network(), **options)
+    for read in (baked, read_masks, network_of):
+        with pytest.raises(ValueError, match=rf"^the masks of best\.pt cannot be read: {message}"):
+            read(parsed, "best.pt")
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1, 2], "must be a tensor of floats, but are list; take another copy of the checkpoint"),
+        (torch.ones(48, 32, dtype=torch.int64), r"must be a tensor of floats, but are torch\.int64"),
+        (torch.full((48, 32), torch.nan), "must be numbers, but hold NaN: .* diverged; take an earlier checkpoint"),
+    ],
+)
+def test_damaged_scores_are_refused_by_name(scores: Any, message: str) -> None:
+    parsed = parsed_checkpoint(network())
+    parsed.scores[FC1] = scores
+    for read in (baked, read_masks, network_of):
+        with pytest.raises(ValueError, match=rf"the masks of best\.pt cannot be read: the scores of {FC1} {message}"):
+            read(parsed, "best.pt")
+
+
+def test_a_damaged_head_is_refused_by_name() -> None:
+    parsed = dataclasses.replace(
+        parsed_checkpoint(network()), head_state={"weight": torch.ones(4), "bias": torch.ones(4)}
+    )
+    with pytest.raises(
+        ValueError, match=r"of best\.pt cannot be read: the head's weight must be \[outputs, width\], but"
+    ):
+        network_of(parsed, "best.pt")
+
+
 def test_a_dense_checkpoint_has_no_masks() -> None:
     assert read_masks(dataclasses.replace(parsed_checkpoint(network()), scores={})) == {}
