@@ -59,8 +59,9 @@ def measure_latency(
         device: of torch, e.g. ``cuda``.
         progress: show a bar.
     Raises:
-        ValueError: no repeats, no threads, or audio shorter than one frame.
+        ValueError: no repeats, no threads, audio shorter than one frame, or a part that the table has no place for.
     """
+    _check_parts(config)
     num_samples = round(seconds * SAMPLE_RATE)
     if num_samples < config.receptive_field or repeats < 1 or (num_threads is not None and num_threads < 1):
         raise ValueError(
@@ -96,6 +97,20 @@ def measure_latency(
         )
     config = dataclasses.replace(config, group_norm_over_padding=False)
     return LatencyTable(config, grids, whole, num_samples / SAMPLE_RATE, machine)
+
+
+def _check_parts(config: EncoderConfig) -> None:
+    unknown = {
+        "time_reduction": config.time_reduction > 1,
+        "reuses_attention": any(layer.reuses_attention for layer in config.layers),
+        "output": config.output is not None,
+        "shared": config.shared != "none",
+    }
+    found = [name for name, there in unknown.items() if there]
+    if found:
+        raise ValueError(
+            f"a latency table has no parts for encoders with {', '.join(found)}; aim at MACs instead: model.prune_measure=macs"
+        )
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:

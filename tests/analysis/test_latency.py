@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from s3distill import compat
 from s3distill.analysis import latency, timing
 from s3distill.analysis.latency import measure_latency
 from s3distill.cli.main import main
-from s3distill.encoder.config import EncoderConfig, parse_conv_layers, uniform_layers
+from s3distill.encoder.config import EncoderConfig, LayerConfig, parse_conv_layers, uniform_layers
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.gates import GateCounts, LatencyTable, count_cost
 
@@ -24,6 +25,9 @@ CONFIGS = {
     "data2vec": EncoderConfig(CONV, 8, uniform_layers(2, 2, 4, 12), pos_conv_depth=3, pos_conv_groups=4),
     "wavlm": EncoderConfig(CONV, 8, uniform_layers(2, 2, 4, 12, True), pos_conv_groups=2, **WAVLM),
     "unprojected": EncoderConfig(CONV, 8, uniform_layers(2, 2, 4, 12), project_features=False, pos_conv_groups=2),
+    "windowed": EncoderConfig(
+        CONV, 8, uniform_layers(2, 2, 4, 12), pos_conv_groups=2, attention="windowed", attention_window=2
+    ),
     "no_layers": EncoderConfig(CONV, 8, (), pos_conv_groups=2),
 }
 
@@ -96,3 +100,16 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_on_a_gpu() -> None:
     table = measure_latency(CONFIGS["wavlm"], seconds=0.1, repeats=1, device="cuda")
     assert table.machine["device"] == torch.cuda.get_device_name()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"time_reduction": 2}, "time_reduction"),
+        ({"shared": "all"}, "shared"),
+        ({"layers": (LayerConfig(2, 8, 24), LayerConfig(2, 8, 24, reuses_attention=True))}, "reuses_attention"),
+    ],
+)
+def test_variants_that_a_table_has_no_parts_for(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=f"no parts for encoders with {named}; aim at MACs instead"):
+        measure_latency(dataclasses.replace(CONFIGS["post_ln"], **changes), seconds=1, repeats=1)
