@@ -16,6 +16,7 @@ from s3distill import compat
 from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.speech_model import SpeechModel
+from s3distill.encoder.variants import describe_variants
 from s3distill.gates import GateCounts, breakdown, count_macs_per_second
 from s3distill.gates.cost import UTTERANCE_S
 from s3distill.masks.compact import bake_compact
@@ -165,7 +166,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         ``params`` (total without and with what training added: encoder, ctc_head, prediction_heads, gates, other),
         ``macs_per_second`` of the encoder, their ``breakdown`` by part, ``conv_layers`` and ``layers`` shapes,
-        ``checkpoint_bytes``, and what kind of model it is.
+        ``checkpoint_bytes``, what kind of model it is, and its ``variants`` in words.
     Raises:
         FileNotFoundError, ValueError: see `s3distill.load`.
     """
@@ -190,6 +191,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "layer_norm_first": config.layer_norm_first,
         "conv_layers": [asdict(layer) for layer in config.conv_layers],
         "layers": [asdict(layer) for layer in config.layers],
+        "variants": describe_variants(config),
     }
 
 

@@ -72,7 +72,9 @@ def table(report: dict[str, Any]) -> list[str]:
     lines.append(_figures("parameters, all", [c["params"]["total"] for c in columns]))
     lines.append(_figures("MACs per second of audio", [c["macs_per_second"] for c in columns]))
     for part in report["breakdown"]["macs_per_second"]:
-        lines.append(_figures(f"  {part}", [c["breakdown"]["macs_per_second"][part] for c in columns]))
+        macs = [c["breakdown"]["macs_per_second"][part] for c in columns]
+        if part != "time_reduction" or any(macs):  # which most models have none of
+            lines.append(_figures(f"  {part}", macs))
     if "rtf" in report:
         speeds = [f"{c['rtf']:.4f}" for c in columns] + ([f"{report['speedup']:.2f}x"] if "speedup" in report else [])
         lines.append(_row(f"real-time factor, CPU, {report['num_threads']} threads", speeds))
@@ -101,12 +103,17 @@ def _shapes(report: dict[str, Any]) -> list[str]:
     for i, conv in enumerate(report["conv_layers"]):
         lines.append(
             f"  conv {i:2}   {conv['channels']:5} channels   kernel {conv['kernel']:2}   stride {conv['stride']}"
+            f"{'   separable' if conv['separable'] else ''}"
         )
+    lines += [f"  {line}" for line in report["variants"]]
     for i, layer in enumerate(report["layers"]):
         attention = (
             f"{layer['num_heads']:3} heads of {layer['head_dim']:3}" if layer["attention"] else "no attention    "
         )
-        lines.append(f"  layer {i:2}  {attention}   {'FFN ' + str(layer['ffn_dim']) if layer['ffn'] else 'no FFN'}")
+        reuse = "   reuses the attention map before it" if layer["reuses_attention"] else ""
+        lines.append(
+            f"  layer {i:2}  {attention}   {'FFN ' + str(layer['ffn_dim']) if layer['ffn'] else 'no FFN'}{reuse}"
+        )
     return lines
 
 

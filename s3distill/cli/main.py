@@ -16,6 +16,7 @@ COMMANDS = {
     "check": ("s3distill.cli.check", "validate a manifest with its audio, labels and dictionary"),
     "train": ("s3distill.cli.train", "fairseq-hydra-train, with devices, paths, options and manifests checked first"),
     "prune": ("s3distill.cli.prune", "cut the closed gates out of a trained student"),
+    "keep-heads": ("s3distill.cli.keep_heads", "make the predictions of a student's heads its output"),
     "inspect": ("s3distill.cli.inspect", "parameters, MACs, shapes and speed of a checkpoint"),
     "report": ("s3distill.cli.report", "runs or a sweep beside each other: error rate against size and speed"),
     "convert": (

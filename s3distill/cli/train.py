@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,40 @@ def check_option_names(arguments: list[str]) -> None:
         recipes = sorted(p.stem for p in recipe.parent.glob("*.yaml"))
         there = f"there are {', '.join(recipes)}" if recipes else "there is no recipe in that folder"
         raise FileNotFoundError(f"--config-dir {folder} --config-name {name}: {recipe} does not exist; {there}")
-    known = set(_keys(OmegaConf.to_container(OmegaConf.load(recipe))))
+    known = set(_keys(OmegaConf.to_container(read_recipe(recipe, arguments))))
     known |= set(_keys(OmegaConf.to_container(OmegaConf.structured(FairseqConfig))))
     for argument in arguments:
         key, equals, _ = argument.partition("=")
         if not equals or key.startswith(("+", "~", "-", "hydra.")) or "/" in key or "@" in key or key in known:
             continue
+        if (recipe.parent / key).is_dir():
+            continue  # which file of that folder: hydra says so where there is none
         near = difflib.get_close_matches(key, known, n=3)
         raise ValueError(
             f"{recipe} has no option `{key}`; {'did you mean ' + ' or '.join(near) + '?' if near else ''} An option that it does not list "
             f"can be added with ++{argument}"
         )
+
+
+def read_recipe(recipe: Path, arguments: Sequence[str] = ()) -> Any:
+    """A recipe as it is written, with what it takes from the folders beside it on top.
+
+    Args:
+        arguments: ``FOLDER=NAME`` chooses another file than ``defaults`` of the recipe name, ``+FOLDER=NAME`` one that they do not.
+    Returns:
+        the merged configuration, without ``defaults``.
+    """
+    from omegaconf import OmegaConf
+
+    own = OmegaConf.load(recipe)
+    assert OmegaConf.is_dict(own), f"{recipe} must hold keys and values"
+    chosen = {k: v for item in own.pop("defaults", []) if item != "_self_" for k, v in item.items()}
+    for argument in arguments:
+        folder, _, name = argument.lstrip("+").partition("=")
+        if folder in chosen or (argument.startswith("+") and (recipe.parent / folder).is_dir()):
+            chosen[folder] = name
+    files = [recipe.parent / folder / f"{name}.yaml" for folder, name in chosen.items()]
+    return OmegaConf.merge(own, *(OmegaConf.load(file) for file in files if file.is_file()))
 
 
 def _value(arguments: list[str], *names: str) -> str | None:

@@ -38,15 +38,24 @@ def check_heads(
             )
 
 
-def check_frames(model: Any, teacher: Teacher) -> None:
-    """Student and teacher cut audio into the same frames."""
-    frames = [[(c.kernel, c.stride) for c in config.conv_layers] for config in (model.config, teacher.config)]
-    if frames[0] != frames[1]:
+def check_frames(model: Any, teacher: Teacher, temporal: bool) -> None:
+    """Student and teacher cut audio into the same frames, or prediction heads undo the student's time reduction."""
+    student, frames = model.config, teacher.config.frame_convs
+    if student.frame_convs == frames:
+        return
+    if student.time_reduction > 1 and student.frame_convs[:-1] == frames and model.heads is not None and not temporal:
+        return
+    if student.time_reduction > 1 and student.frame_convs[:-1] == frames:
         raise ValueError(
-            f"student and teacher must cut audio into the same frames, but the student has one per {model.config.frame_stride} samples "
-            f"and {teacher.name} one per {teacher.config.frame_stride}, (kernel, stride) {frames[0]} and {frames[1]}; take a student "
-            "with the teacher's convolutions"
+            f"student and teacher must have the same frames, but model.time_reduction={student.time_reduction} gives the student one "
+            f"per {student.frame_stride} samples, and {teacher.name} has one per {teacher.config.frame_stride}; take time_reduction=1, or "
+            "prediction heads (model.distill_layers), which bring the student's frames back to the teacher's, without temporal relations"
         )
+    raise ValueError(
+        f"student and teacher must cut audio into the same frames, but the student has one per {student.frame_stride} samples "
+        f"and {teacher.name} one per {teacher.config.frame_stride}, (kernel, stride) {list(student.frame_convs)} and {list(frames)}; "
+        "take a student with the teacher's convolutions"
+    )
 
 
 def check_masks(model: Any, mask_student: bool, unmasked_target: str, unmasked_weight: float) -> None:
@@ -96,3 +105,24 @@ def check_gates(model: Any, target_sparsity: float) -> None:
         if model.gates is None:
             raise ValueError("`criterion.target_sparsity` needs gates; pass e.g. model.prune_units=[conv,head,ffn]")
         model.check_target_sparsity(target_sparsity)
+
+
+def check_shared_extractor(model: Any, teachers: Sequence[Teacher]) -> None:
+    """With `model.shares_extractor`, what the student's convolutions give is what the teacher's would give."""
+    if not model.cfg.shares_extractor:
+        return
+    wrong = None
+    if len(teachers) > 1:
+        wrong = f"there are {len(teachers)} teachers, which have one each"
+    elif model.training_config.feature_grad_mult != 0:
+        wrong = f"model.feature_grad_mult is {model.training_config.feature_grad_mult}, so that the student's would change; pass 0"
+    elif model.gates is not None and "conv" in model.gates.units:
+        wrong = "model.prune_units has conv, so that the student's channels close"
+    elif teachers[0].normalizes_itself:
+        wrong = f"{teachers[0].name} hears normalised waveforms, the student others"
+    elif not teachers[0].has_extractor_of(model):
+        wrong = f"the student's differ from those of {teachers[0].name}; start from them (model.student_path=${{task.teacher_path}})"
+    if wrong:
+        raise ValueError(
+            f"`model.shares_extractor` runs the convolutions once for student and teacher, but {wrong}; or leave it at false"
+        )

@@ -17,6 +17,7 @@ from s3distill.criterions._distill_checks import (
     check_gates,
     check_heads,
     check_masks,
+    check_shared_extractor,
     check_temporal_layers,
 )
 from s3distill.criterions._distill_terms import build_terms, parse_layer_weights
@@ -132,10 +133,11 @@ class LayerDistill(FairseqCriterion):
         check_heads(model, teachers, self.terms.hidden_states is not None, self.layer_weights)
         check_masks(model, cfg.mask_student, str(cfg.unmasked_target), cfg.unmasked_weight)
         for teacher, pairs in zip(teachers, self._temporal_pairs(model), strict=True):
-            check_frames(model, teacher)
+            check_frames(model, teacher, self.terms.temporal.active)
             check_temporal_layers(model, teacher, pairs)
             self.terms.temporal.relations(pairs)
         check_gates(model, cfg.target_sparsity)
+        check_shared_extractor(model, teachers)
 
     def _temporal_pairs(self, model: Any) -> List[Pairs]:
         """Per teacher the layers whose temporal relations are matched."""
@@ -157,17 +159,23 @@ class LayerDistill(FairseqCriterion):
             start = min(model.initial_sparsity, self.cfg.target_sparsity)
             target_sparsity = target_at(model.num_updates, self.cfg.target_sparsity, self.cfg.sparsity_warmup, start)
         masked = self._draw_masks(model, sample) if self.cfg.mask_student else None
+        conv_features = model.extract(source, padding_mask) if model.cfg.shares_extractor else None
         temporal_pairs = self._temporal_pairs(model)
         head_pairs = (
             [h.pairs for h in model.heads.by_teacher] if model.heads is not None else [()] * len(temporal_pairs)
         )
         states = [
-            self._teacher_states(teacher, source, padding_mask, masked, *pairs)
+            self._teacher_states(teacher, source, padding_mask, masked, conv_features, *pairs)
             for teacher, *pairs in zip(self.task.teachers, head_pairs, temporal_pairs, strict=True)
         ]
         read = [layer for pairs in temporal_pairs for layer in self.terms.temporal.layers_read(pairs)[0]]
         out = model(
-            source, padding_mask, target_sparsity=target_sparsity, masked=masked, num_layers=max(read, default=0)
+            source,
+            padding_mask,
+            target_sparsity=target_sparsity,
+            masked=masked,
+            num_layers=max(read, default=0),
+            conv_features=conv_features,
         )
         loss, num_frames, log = self._distill(out, states, head_pairs, temporal_pairs)
         log["loss_distill"] = loss.detach()
@@ -224,16 +232,17 @@ class LayerDistill(FairseqCriterion):
         source: Tensor,
         padding_mask: Optional[Tensor],
         masked: Optional[Tensor],
+        conv_features: Optional[Tensor],
         head_pairs: Pairs,
         temporal_pairs: Pairs,
     ) -> TeacherStates:
         """The layers that a loss asks for, of the clean audio and, where they are targets, of the student's."""
         predicted = sorted({layer for _, layer in head_pairs})
         layers = sorted({*predicted, *self.terms.temporal.layers_read(temporal_pairs)[1]})
-        clean, _ = teacher.hidden_states(source, padding_mask, layers)
+        clean, _ = teacher.hidden_states(source, padding_mask, layers, None, conv_features)
         other = None
         if str(self.cfg.unmasked_target) == "masked":
-            states, _ = teacher.hidden_states(source, padding_mask, predicted, masked)
+            states, _ = teacher.hidden_states(source, padding_mask, predicted, masked, conv_features)
             other = dict(zip(predicted, states, strict=True))
         return TeacherStates(dict(zip(layers, clean, strict=True)), other)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from s3distill.data import manifest_check
@@ -117,9 +117,9 @@ def check_manifest(
             symbols, dictionary_faults = parse_dictionary(dictionary_path)
             faults += dictionary_faults if dictionary_path not in checked_dictionaries else []
             checked_dictionaries.add(dictionary_path)
-        is_spelled = symbols is not None
+        frames_of = None if symbols is None else manifest_check.num_frames
         # Without one readable symbol the dictionary's own fault is enough: every label would be unknown.
-        faults += manifest_check.label_faults(manifest, labels_file, symbols or None, check_frames=is_spelled)
+        faults += manifest_check.label_faults(manifest, labels_file, symbols or None, frames_of)
     by_ending = {labels_file.suffix: labels_file for labels_file in label_paths}
     if ".wrd" in by_ending and ".ltr" in by_ending:
         faults += manifest_check.spelling_faults(by_ending[".wrd"], by_ending[".ltr"])
@@ -141,6 +141,7 @@ def validate_for_training(
     probe_audio: int = 8,
     min_samples: int = 0,
     max_workers: int = 8,
+    frames_of: Callable[[int], int] | None = None,
 ) -> Manifest:
     """The fast checks before training starts; raises one `ValueError` with the first faults.
 
@@ -154,6 +155,7 @@ def validate_for_training(
         probe_audio: number of audio files, spread over the manifest, whose rate, channels and length are checked.
         min_samples: refuse shorter utterances; 0 where the task leaves them out itself.
         max_workers: threads that look for files.
+        frames_of: samples -> frames of a model that is trained with CTC, which the label lines must fit; None leaves it open.
     Returns:
         The manifest.
     """
@@ -170,7 +172,7 @@ def validate_for_training(
         symbols, dictionary_faults = parse_dictionary(dict_path)
         faults += dictionary_faults
     if label_path is not None and manifest.entries:
-        faults += manifest_check.label_faults(manifest, Path(label_path), symbols or None, check_frames=False)
+        faults += manifest_check.label_faults(manifest, Path(label_path), symbols or None, frames_of)
     if faults:
         listed = "\n  ".join(map(str, faults[:MAX_LISTED_FAULTS]))
         more = len(faults) - MAX_LISTED_FAULTS

@@ -8,7 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -77,7 +77,10 @@ def audio_faults(
 
 
 def label_faults(
-    manifest: Manifest, label_path: Path, symbols: Mapping[str, int] | None, check_frames: bool
+    manifest: Manifest,
+    label_path: Path,
+    symbols: Mapping[str, int] | None,
+    frames_of: Callable[[int], int] | None = num_frames,
 ) -> Iterator[Fault]:
     """Faults of a label file.
 
@@ -85,7 +88,7 @@ def label_faults(
         manifest: the manifest that it belongs to.
         label_path: the label file.
         symbols: the dictionary, or None for lines that are not made of its symbols (`.wrd`).
-        check_frames: whether a line must fit the frames of its utterance, as CTC needs.
+        frames_of: samples -> frames, which a line must fit, as CTC needs; None: any line will do.
     """
     lines, faults = read_lines(label_path, "label file")
     yield from faults
@@ -105,9 +108,9 @@ def label_faults(
         if unknown:
             rule, found = "a label must be in the dictionary", f"{', '.join(map(repr, unknown))} is not"
             yield Fault(str(label_path), number, rule, found, "correct the line, or make the dictionary again")
-        if check_frames and number in samples:
+        if frames_of is not None and number in samples:
             repeats = sum(left == right for left, right in itertools.pairwise(labels))
-            frames = num_frames(samples[number])
+            frames = frames_of(samples[number])
             if len(labels) + repeats > frames:
                 rule = f"CTC needs a frame for each of {len(labels)} labels and {repeats} repeated ones"
                 yield Fault(str(label_path), number, rule, f"there are {frames}", "correct or remove the utterance")

@@ -21,6 +21,7 @@ class SelfAttention(nn.Module):
         position_heads: which heads of the unpruned model these are, where the encoder has a position bias (WavLM), else
             None; then also ``grep_linear`` and ``grep_a``, see `position_gate`.
         num_position_heads: how many heads the unpruned model has.
+        reuses_map: the layer applies an attention map that another one computed, and has no ``q_proj`` and ``k_proj``.
     """
 
     position_indices: Tensor | None
@@ -33,19 +34,20 @@ class SelfAttention(nn.Module):
         dropout: float = 0.0,
         position_heads: tuple[int, ...] | None = None,
         num_position_heads: int = 0,
+        reuses_map: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.dropout = dropout
         inner = num_heads * head_dim
-        self.q_proj = bert_linear(embed_dim, inner)
-        self.k_proj = bert_linear(embed_dim, inner)
+        self.q_proj = None if reuses_map else bert_linear(embed_dim, inner)
+        self.k_proj = None if reuses_map else bert_linear(embed_dim, inner)
         self.v_proj = bert_linear(embed_dim, inner)
         self.out_proj = bert_linear(inner, embed_dim)
         self.num_position_heads = num_position_heads
         self.grep_linear: nn.Linear | None = None
-        if position_heads is not None:
+        if position_heads is not None and not reuses_map:
             self.grep_linear = bert_linear(embed_dim // num_position_heads, 8)
             self.grep_a = nn.Parameter(torch.ones(1, num_heads, 1, 1))
         cut = position_heads is not None and position_heads != tuple(range(num_position_heads))
@@ -60,6 +62,7 @@ class SelfAttention(nn.Module):
         attention_mask: Tensor | None = None,
         gate: Tensor | None = None,
         position_bias: Tensor | None = None,
+        attention_map: Tensor | None = None,
     ) -> Tensor:
         """Attends.
 
@@ -68,26 +71,52 @@ class SelfAttention(nn.Module):
             attention_mask: [B, 1, 1, T] bool, True = may be attended to; None = everything.
             gate: scales each head's context in front of `out_proj`, [H].
             position_bias: the encoder's, for all heads of the unpruned model, [H_unpruned, T, T].
+            attention_map: what `attention_map` of this or another layer gave, [B, H, T, T]; it is applied as it is.
         Returns:
             [B, T, C]
         """
         if self.num_heads == 0:  # every head was pruned: what is left is the bias
             return self.out_proj.bias.to(x.dtype).expand_as(x)
         batch, frames, _ = x.shape
-        shape = (batch, frames, self.num_heads, self.head_dim)
-        # [B, T, H*D] -> [B, H, T, D]
-        q = self.q_proj(x).view(shape).transpose(1, 2)
-        k = self.k_proj(x).view(shape).transpose(1, 2)
-        v = self.v_proj(x).view(shape).transpose(1, 2)
-        if position_bias is not None:
-            attention_mask = self._add_position_bias(x, position_bias, attention_mask, q.dtype)
-        context = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, dropout_p=self.dropout if self.training else 0.0
-        )
+        if attention_map is None:
+            q, k, v = self._heads(self.q_proj, x), self._heads(self.k_proj, x), self._heads(self.v_proj, x)
+            if position_bias is not None:
+                attention_mask = self._add_position_bias(x, position_bias, attention_mask, q.dtype)
+            context = self.attend(q, k, v, attention_mask)
+        else:
+            v = self._heads(self.v_proj, x)
+            context = F.dropout(attention_map, self.dropout, self.training).to(v.dtype) @ v
         if gate is not None:
             context = context * gate.to(context.dtype)[:, None, None]
         # [B, H, T, D] -> [B, T, H*D]
         return self.out_proj(context.transpose(1, 2).reshape(batch, frames, self.num_heads * self.head_dim))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Queries, keys and values [B, H, T, D] -> context [B, H, T, D]; the mask is bool or added to the scores."""
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attention_mask, dropout_p=self.dropout if self.training else 0.0
+        )
+
+    def attention_map(
+        self, x: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None
+    ) -> Tensor:
+        """softmax(Q K^T / sqrt(head_dim) + position bias), without dropout, which each layer draws anew; arguments as in `forward`.
+
+        Returns:
+            [B, H, T, T], query by key, in the type of the queries.
+        """
+        q, k = self._heads(self.q_proj, x), self._heads(self.k_proj, x)
+        scores = q @ k.transpose(2, 3) * self.head_dim**-0.5
+        if position_bias is not None:
+            scores = scores + self._add_position_bias(x, position_bias, attention_mask, q.dtype)
+        elif attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask, -torch.inf)
+        return scores.float().softmax(-1).to(q.dtype)
+
+    def _heads(self, projection: nn.Linear | None, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, H*D] -> [B, H, T, D]"""
+        assert projection is not None, "a layer that reuses a map must be given it"
+        return projection(x).view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _add_position_bias(self, x: Tensor, bias: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The gated bias of this layer's heads as an additive mask, [B, H, T, T]."""

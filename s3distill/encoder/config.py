@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from s3distill.encoder.variants import check_variants
+from s3distill.heads.layer_heads import HeadsConfig
+
 SAMPLE_RATE = 16_000  # Hz; every checkpoint of this family reads 16 kHz mono
 
 EXTRACTOR_MODES = ("default", "layer_norm")  # fairseq's names: GroupNorm on layer 0 only / LayerNorm on every layer
@@ -22,11 +25,15 @@ ACTIVATIONS = ("gelu", "relu", "gelu_accurate", "tanh", "swish")
 
 @dataclass(frozen=True)
 class ConvLayerConfig:
-    """One layer of the waveform extractor: output channels, kernel and stride in samples of its input."""
+    """One layer of the waveform extractor: output channels, kernel and stride in samples of its input.
+
+    ``separable``: a depthwise convolution over time, then a pointwise one over channels.
+    """
 
     channels: int
     kernel: int
     stride: int
+    separable: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,9 @@ class LayerConfig:
 
     ``position_heads`` says which heads of the unpruned model these are, one number per head, where the encoder has a shared
     position bias (WavLM): its column of the bias and its slice of the residual stream belong to a head. None without a bias.
+
+    ``reuses_attention``: the layer has no projections of queries and keys; to its own values it applies the attention map of
+    the nearest earlier layer that computed one (ARMHuBERT).
     """
 
     num_heads: int
@@ -46,6 +56,7 @@ class LayerConfig:
     attention: bool = True
     ffn: bool = True
     position_heads: tuple[int, ...] | None = None
+    reuses_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,16 @@ class EncoderConfig:
         position_buckets, position_max_distance, position_heads: WavLM's relative position bias, which all layers share:
             buckets of distances (0 = no bias), the distance in frames from which all share the last bucket, and the
             columns, one per head of the unpruned model.
+        time_reduction: frames that a Conv1d of this kernel and stride makes one of, in front of layer 0 (FitHuBERT); T frames
+            become floor(T / r). 1 = none.
+        shared: what layers have in common (ALBERT): ``none``, ``attention``, ``ffn`` (each without its LayerNorm) or ``all``.
+        shared_group: consecutive layers that share, of which the first owns the parameters; the last group may be smaller.
+            0 = all layers are one group.
+        attention: ``full``; ``windowed``: ``attention_window`` frames on each side, but the first ``attention_global`` frames
+            attend to all and are attended to by all (Longformer); ``linformer``: keys and values of at most
+            ``linformer_max_frames`` frames are projected to ``linformer_dim`` ones.
+        output: prediction heads that stay at inference (see `KeptHeads`): what the encoder gives is their prediction; None =
+            the last layer's output.
     """
 
     conv_layers: tuple[ConvLayerConfig, ...]
@@ -83,6 +104,15 @@ class EncoderConfig:
     position_buckets: int = 0
     position_max_distance: int = 800
     position_heads: int = 0
+    time_reduction: int = 1
+    shared: str = "none"
+    shared_group: int = 0
+    attention: str = "full"
+    attention_window: int = 0
+    attention_global: int = 0
+    linformer_dim: int = 0
+    linformer_max_frames: int = 0
+    output: HeadsConfig | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.conv_layers) > 0, "`conv_layers` must name at least one layer, but is empty")
@@ -104,6 +134,11 @@ class EncoderConfig:
             f"without `project_features` the last conv layer's channels ({self.conv_layers[-1].channels}) must equal "
             f"`embed_dim` ({self.embed_dim})",
         )
+        _require(
+            self.output is None
+            or (self.output.student_dim, self.output.num_student_layers) == (self.embed_dim, len(self.layers)),
+            f"`output` heads must read {len(self.layers)} layers of width {self.embed_dim}, but were made for {self.output}",
+        )
         for i, conv in enumerate(self.conv_layers):
             _require(
                 min(conv.channels, conv.kernel, conv.stride) > 0,
@@ -123,6 +158,7 @@ class EncoderConfig:
             )
         else:
             self._check_position_bias()
+        check_variants(self)
 
     def _check_position_bias(self) -> None:
         # a quarter of the buckets are single distances, the others are logarithmic up to the maximum
@@ -151,24 +187,39 @@ class EncoderConfig:
         return len(self.layers)
 
     @property
+    def output_dim(self) -> int:
+        """Width of what the encoder gives."""
+        return self.embed_dim if self.output is None else self.output.teacher_dim
+
+    @property
+    def frame_convs(self) -> tuple[tuple[int, int], ...]:
+        """(kernel, stride) of all convolutions that cut audio into frames, in their order; pointwise ones change nothing."""
+        convs = [(conv.kernel, conv.stride) for conv in self.conv_layers]
+        return tuple(conv for conv in [*convs, (self.time_reduction,) * 2] if conv != (1, 1))
+
+    @property
     def frame_stride(self) -> int:
-        """Samples between two frames (320, that is 20 ms, for the released models)."""
+        """Samples between two frames of the hidden states (320, that is 20 ms, for the released models)."""
         stride = 1
-        for conv in self.conv_layers:
-            stride *= conv.stride
+        for _, conv_stride in self.frame_convs:
+            stride *= conv_stride
         return stride
 
     @property
     def receptive_field(self) -> int:
         """Samples that one frame sees (400 for the released models); a shorter waveform has no frame at all."""
         field_size, stride = 1, 1
-        for conv in self.conv_layers:
-            field_size += (conv.kernel - 1) * stride
-            stride *= conv.stride
+        for kernel, conv_stride in self.frame_convs:
+            field_size += (kernel - 1) * stride
+            stride *= conv_stride
         return field_size
 
     def num_frames(self, num_samples: Any) -> Any:
-        """Frames that come out of ``num_samples`` (int or integer tensor of any shape): floor((n - k) / s) + 1 per conv layer."""
+        """Frames of the hidden states of ``num_samples`` (int or integer tensor of any shape): floor((n - k) / s) + 1 per conv."""
+        return self.num_feature_frames(num_samples) // self.time_reduction
+
+    def num_feature_frames(self, num_samples: Any) -> Any:
+        """Frames that come out of the extractor, in front of the time reduction: those that masks and `features` have."""
         for conv in self.conv_layers:
             num_samples = (num_samples - conv.kernel) // conv.stride + 1
         return num_samples
@@ -192,6 +243,8 @@ class EncoderConfig:
         fields = dict(values)
         fields["conv_layers"] = tuple(ConvLayerConfig(**c) for c in fields["conv_layers"])
         fields["layers"] = tuple(_layer_from_dict(layer) for layer in fields["layers"])
+        if fields.get("output") is not None:
+            fields["output"] = HeadsConfig.from_dict(fields["output"])
         return cls(**fields)
 
     @classmethod
@@ -281,7 +334,8 @@ def parse_conv_layers(text: str) -> tuple[ConvLayerConfig, ...]:
 
     try:
         layers = walk(ast.parse(text.strip(), mode="eval"))
-        return tuple(ConvLayerConfig(*map(operator.index, layer)) for layer in layers)
+        shapes = [[operator.index(size) for size in layer] for layer in layers]
+        return tuple(ConvLayerConfig(channels, kernel, stride) for channels, kernel, stride in shapes)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         shown = text if len(text) <= 200 else f"{text[:200]}..."
         raise ValueError(

@@ -45,13 +45,34 @@ def masked_group_norm(x: Tensor, num_valid: Tensor, weight: Tensor, bias: Tensor
     return torch.addcmul(shift.unsqueeze(-1), values, scale.unsqueeze(-1)).to(x.dtype)
 
 
+class SeparableConv(nn.Sequential):
+    """A convolution in two: over time within each channel, then over channels  (Howard et al., 2017, section 3.1).
+
+    Nothing stands between them, so that only the second has a bias. Keys: ``0`` is the depthwise conv, weight [C_in, 1, K],
+    ``1`` the pointwise one, weight [C, C_in, 1].
+    """
+
+    def __init__(self, in_channels: int, shape: ConvLayerConfig, bias: bool) -> None:
+        depthwise = nn.Conv1d(
+            in_channels, in_channels, shape.kernel, stride=shape.stride, groups=in_channels, bias=False
+        )
+        pointwise = nn.Conv1d(in_channels, shape.channels, 1, bias=bias)
+        nn.init.kaiming_normal_(depthwise.weight, nonlinearity="linear")  # the GELU is behind the second
+        nn.init.kaiming_normal_(pointwise.weight)
+        super().__init__(depthwise, pointwise)
+
+
 class ConvLayer(nn.Sequential):
     """conv -> (norm) -> GELU, under fairseq's keys: ``0`` is the conv, ``2`` the GroupNorm, ``2.1`` the LayerNorm."""
 
     def __init__(self, in_channels: int, shape: ConvLayerConfig, bias: bool, norm: str) -> None:
-        conv = nn.Conv1d(in_channels, shape.channels, shape.kernel, stride=shape.stride, bias=bias)
-        nn.init.kaiming_normal_(conv.weight)
-        self.norm = norm
+        conv: nn.Module
+        if shape.separable:
+            conv = SeparableConv(in_channels, shape, bias)
+        else:
+            conv = nn.Conv1d(in_channels, shape.channels, shape.kernel, stride=shape.stride, bias=bias)
+            nn.init.kaiming_normal_(conv.weight)
+        self.norm, self.shape = norm, shape
         modules: list[nn.Module] = [conv]
         if norm == "group_norm":
             modules += [nn.Identity(), nn.GroupNorm(shape.channels, shape.channels)]
@@ -60,8 +81,8 @@ class ConvLayer(nn.Sequential):
         super().__init__(*modules)
 
     @property
-    def conv(self) -> nn.Conv1d:
-        return self[0]  # type: ignore[return-value]
+    def conv(self) -> nn.Module:
+        return self[0]
 
     @property
     def norm_layer(self) -> nn.GroupNorm | LayerNorm | None:
@@ -120,10 +141,10 @@ class ConvExtractor(nn.Module):
         x = source.unsqueeze(1)  # [B, S] -> [B, 1, S]
         last = len(self.conv_layers) - 1
         for i, layer in enumerate(self.conv_layers):
-            conv: nn.Conv1d = layer.conv  # type: ignore[assignment]
+            shape: ConvLayerConfig = layer.shape  # type: ignore[assignment]
             num_valid = None
             if lengths is not None:
-                lengths = (lengths - conv.kernel_size[0]) // conv.stride[0] + 1
+                lengths = (lengths - shape.kernel) // shape.stride + 1
                 num_valid = None if self.over_padding else lengths
             gate = gates[i] if gates is not None else None
             x = layer(x, num_valid, gate, gate_output=i != last)

@@ -144,7 +144,7 @@ def encoder_config(config: Mapping[str, Any], name: str) -> EncoderConfig:
             raise ValueError(f"in config.json of {name} {rule}, but `{key}` is {values[key]!r}")
     kernel, depth = _positional_conv(values, data2vec, name)
     return EncoderConfig(
-        conv_layers=tuple(ConvLayerConfig(*map(int, shape)) for shape in zip(*shapes, strict=True)),
+        conv_layers=tuple(ConvLayerConfig(int(c), int(k), int(s)) for c, k, s in zip(*shapes, strict=True)),
         embed_dim=dim,
         layers=uniform_layers(
             int(values["num_hidden_layers"]), heads, dim // heads, int(values["intermediate_size"]), wavlm

@@ -18,22 +18,31 @@ from s3distill.encoder.layers import LayerNorm, scale_gradient
 from s3distill.encoder.masking import draw_frame_mask, mask_channels, mask_frames, replace_frames
 from s3distill.encoder.transformer import Transformer
 from s3distill.gates.values import GateValues
+from s3distill.heads.kept_heads import KeptHeads
 
 # what the names of an encoder's parameters start with; everything else in a checkpoint belongs to heads and training
-PARAMETER_PREFIXES = ("feature_extractor.", "layer_norm.", "post_extract_proj.", "mask_emb", "encoder.")
+PARAMETER_PREFIXES = (
+    "feature_extractor.",
+    "layer_norm.",
+    "post_extract_proj.",
+    "mask_emb",
+    "encoder.",
+    "output_heads.",
+)
 
 
 @dataclass
 class EncoderOutput:
-    """What one pass of the encoder gives.
+    """What one pass of the encoder gives; T frames, of which a `time_reduction` r leaves T // r of the extractor's T_features.
 
     Attributes:
-        x: the encoder's output, [B, T, C]; for pre-LN models behind the final LayerNorm.
+        x: the encoder's output, [B, T, C]; for pre-LN models behind the final LayerNorm. Where prediction heads were kept,
+            theirs.
         hidden_states: L+1 tensors [B, T, C]; 0 = what enters the first layer, i = output of layer i.
         ffn_outputs: per layer the FFN's output before the residual, [B, T, C] (data2vec's targets).
-        features: conv features behind their LayerNorm, [B, T, C_conv].
+        features: conv features behind their LayerNorm, [B, T_features, C_conv].
         padding_mask: [B, T], True = padding; None when nothing is padded.
-        masked: [B, T], True = replaced by the mask embedding; None without time masks.
+        masked: [B, T_features], True = replaced by the mask embedding; None without time masks.
     """
 
     x: Tensor
@@ -66,6 +75,7 @@ class SpeechEncoder(nn.Module):
         self.post_extract_proj = bert_linear(conv_channels, config.embed_dim) if config.project_features else None
         self.mask_emb = nn.Parameter(torch.empty(config.embed_dim).uniform_())
         self.encoder = Transformer(config, self.training_config)
+        self.output_heads = None if config.output is None else KeptHeads(config.output)
 
     def forward(
         self,
@@ -75,6 +85,7 @@ class SpeechEncoder(nn.Module):
         gates: GateValues | None = None,
         num_layers: int | None = None,
         masked: Tensor | None = None,
+        conv_features: Tensor | None = None,
     ) -> EncoderOutput:
         """Encodes a batch.
 
@@ -84,19 +95,26 @@ class SpeechEncoder(nn.Module):
             mask: apply time and channel masks.
             gates: values of the L0 gates, or None.
             num_layers: run only that many Transformer layers; None runs all.
-            masked: [B, T], True = this frame is replaced by the mask embedding, as `draw_masks` gives it; instead of ``mask``.
+            masked: [B, T_features], True = this frame is replaced by the mask embedding, as `draw_masks` gives it; instead of
+                ``mask``.
+            conv_features: what `extract` of an encoder with the same extractor gave for this batch, [B, T_features, C_conv]; the
+                convolutions are not run again.
         Raises:
-            ValueError: a waveform is shorter than one frame.
+            ValueError: a waveform is shorter than one frame, or longer than the encoder's attention can take.
         """
         lengths = _valid_lengths(source, padding_mask)
         self._check_lengths(source, lengths)
         conv_gates = gates.conv if gates is not None else None
-        features = self.layer_norm(*self._extract(source, lengths, conv_gates))
+        if conv_features is None:
+            features = self.layer_norm(*self._extract(source, lengths, conv_gates))
+        else:
+            assert conv_gates is None, "gated convolutions cannot be shared"
+            features = self.layer_norm(conv_features.to(self.layer_norm.weight.dtype))
         if conv_gates is not None and conv_gates[-1] is not None:
             features = features * conv_gates[-1].to(features.dtype)
         frame_mask = None
         if lengths is not None:
-            num_frames = self.config.num_frames(lengths)
+            num_frames = self.config.num_feature_frames(lengths)
             frame_mask = torch.arange(features.shape[1], device=source.device) >= num_frames[:, None]
 
         x = features if self.post_extract_proj is None else self.post_extract_proj(features)
@@ -111,9 +129,28 @@ class SpeechEncoder(nn.Module):
                 x = mask_channels(x, self.masking)
         hidden_states, ffn_outputs = self.encoder(x, frame_mask, gates, num_layers)
         x = hidden_states[-1]
-        if self.config.layer_norm_first and (num_layers is None or num_layers >= self.config.num_layers):
-            x = self.encoder.layer_norm(x)
-        return EncoderOutput(x, hidden_states, ffn_outputs, features, frame_mask, masked)
+        if num_layers is None or num_layers >= self.config.num_layers:
+            if self.output_heads is not None:
+                x = self.output_heads(hidden_states)
+            elif self.config.layer_norm_first:
+                x = self.encoder.layer_norm(x)
+        padding_mask = self.encoder.reduce_mask(frame_mask)
+        return EncoderOutput(x, hidden_states, ffn_outputs, features, padding_mask, masked)
+
+    def extract(self, source: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """What the convolutions give, in front of the LayerNorm, for ``forward(conv_features=...)``.
+
+        Args:
+            source: [B, S], 16 kHz.
+            padding_mask: [B, S], True = padding, or None.
+        Returns:
+            [B, T, C_conv]
+        Raises:
+            ValueError: a waveform is shorter than one frame.
+        """
+        lengths = _valid_lengths(source, padding_mask)
+        self._check_lengths(source, lengths)
+        return self._extract(source, lengths, None)[0]
 
     def draw_masks(self, source: Tensor, padding_mask: Tensor | None, seeds: Sequence[Sequence[int]]) -> Tensor:
         """Time masks for ``forward(masked=...)`` of this encoder, or of several that cut audio into the same frames.
@@ -123,14 +160,14 @@ class SpeechEncoder(nn.Module):
             padding_mask: [B, S], True = padding, or None.
             seeds: what decides the mask of each row, besides its number of frames and `masking`.
         Returns:
-            [B, T] bool, True = masked; never a padded frame.
+            [B, T_features] bool, True = masked; never a padded frame.
         Raises:
             ValueError: a waveform is shorter than one frame.
         """
         lengths = _valid_lengths(source, padding_mask)
         self._check_lengths(source, lengths)
-        width = int(self.config.num_frames(source.shape[1]))
-        sizes = [width] * len(source) if lengths is None else self.config.num_frames(lengths).tolist()
+        width = int(self.config.num_feature_frames(source.shape[1]))
+        sizes = [width] * len(source) if lengths is None else self.config.num_feature_frames(lengths).tolist()
         rngs = [np.random.default_rng(list(seed)) for seed in seeds]
         return draw_frame_mask(sizes, width, self.masking, rngs).to(source.device)
 
@@ -152,6 +189,13 @@ class SpeechEncoder(nn.Module):
             raise ValueError(
                 f"every waveform must have at least {needed} samples ({needed / 16:.0f} ms at 16 kHz), so that it gives "
                 f"one frame, but the shortest has {shortest}; drop such utterances (min_sample_size) or pad the audio"
+            )
+        longest, allowed = int(self.config.num_frames(source.shape[1])), self.config.linformer_max_frames
+        if self.config.attention == "linformer" and longest > allowed:
+            raise ValueError(
+                f"with Linformer's attention a waveform must have at most `linformer_max_frames` = {allowed} frames "
+                f"({allowed * self.config.frame_stride / 16_000:.1f} s), but the longest has {longest}; crop or drop such utterances "
+                "(task.max_sample_size), or train a student with a larger model.linformer_max_frames"
             )
 
     def load_encoder_state(self, state: dict[str, Tensor], source: str = "the checkpoint") -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from s3distill.encoder.config import EncoderConfig, parse_conv_layers, uniform_layers
@@ -27,6 +28,13 @@ _DEFAULTS: dict[str, Any] = {
     "relative_position_embedding": False,
     "num_buckets": 320,
     "max_distance": 800,
+}
+
+# `ssl_student`'s options of shape that no other model has, with the values that change nothing; see `variant_options`
+VARIANT_OPTIONS: dict[str, Any] = {
+    **{"separable_conv_layers": (), "time_reduction": 1, "shared": "none", "shared_group": 0},
+    **{"attention": "full", "attention_window": 0, "attention_global": 0},
+    **{"linformer_dim": 0, "linformer_max_frames": 0, "reuse_attention_layers": ()},
 }
 
 # What fine-tuning sets in the encoder that it starts from: stock fairseq hands over only what the file lists.
@@ -69,12 +77,15 @@ def config_from_options(options: Mapping[str, Any], family: str) -> EncoderConfi
             "`gru_rel_pos` = False is not supported by s3distill's encoder where `relative_position_embedding` is set; it must be True, "
             "as in the released WavLM models"
         )
+    variants = variant_options(options) if family == "ssl_student" else dict(VARIANT_OPTIONS)
+    separable, reusing = variants.pop("separable_conv_layers"), variants.pop("reuse_attention_layers")
+    layers = uniform_layers(
+        int(values["encoder_layers"]), heads, dim // heads, int(values["encoder_ffn_embed_dim"]), biased
+    )
     return EncoderConfig(
-        conv_layers=conv_layers,
+        conv_layers=_with(conv_layers, separable, "separable_conv_layers", separable=True),
         embed_dim=dim,
-        layers=uniform_layers(
-            int(values["encoder_layers"]), heads, dim // heads, int(values["encoder_ffn_embed_dim"]), biased
-        ),
+        layers=_with(layers, reusing, "reuse_attention_layers", reuses_attention=True),
         extractor_mode=str(values["extractor_mode"]),
         conv_bias=bool(values["conv_bias"]),
         layer_norm_first=bool(values["layer_norm_first"]),
@@ -86,7 +97,27 @@ def config_from_options(options: Mapping[str, Any], family: str) -> EncoderConfi
         position_buckets=int(values["num_buckets"]) if biased else 0,
         position_max_distance=int(values["max_distance"]) if biased else 800,
         position_heads=heads if biased else 0,
+        **variants,
     )
+
+
+def variant_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of `VARIANT_OPTIONS`, those that change nothing where ``options`` has none; lists become tuples of integers."""
+    values = {}
+    for name, default in VARIANT_OPTIONS.items():
+        value = default if options.get(name) is None else getattr(options[name], "value", options[name])
+        values[name] = tuple(int(v) for v in value) if isinstance(default, tuple) else type(default)(value)
+    return values
+
+
+def _with(shapes: tuple[Any, ...], indices: Sequence[int], option: str, **changes: Any) -> tuple[Any, ...]:
+    """``shapes`` with ``changes`` at ``indices``, which ``option`` names."""
+    lacking = [i for i in indices if not 0 <= i < len(shapes)]
+    if lacking or len(set(indices)) < len(indices):
+        raise ValueError(
+            f"`{option}` must name different layers, 0 to {len(shapes) - 1} (counted from 0), but is {list(indices)}"
+        )
+    return tuple(replace(shape, **changes) if i in indices else shape for i, shape in enumerate(shapes))
 
 
 def options_from_config(config: EncoderConfig, family: str, normalize: bool) -> dict[str, Any]:
@@ -99,7 +130,7 @@ def options_from_config(config: EncoderConfig, family: str, normalize: bool) -> 
     if config.position_buckets > 0 and family != "wavlm":
         options = None
     if options is None or config_from_options(options, family) != config:
-        whole = {"encoder": config.to_json(), "encoder_embed_dim": config.embed_dim, "seed": 1}
+        whole = {"encoder": config.to_json(), "encoder_embed_dim": config.output_dim, "seed": 1}
         return {"_name": "ssl_student", **whole, "normalize": normalize, **_TRAINING_OPTIONS}
     return {"_name": family, **options, "normalize": normalize, **_TRAINING_OPTIONS}
 

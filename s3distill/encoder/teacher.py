@@ -49,8 +49,21 @@ class Teacher:
                 "correct model.distill_layers"
             )
 
+    def has_extractor_of(self, other: SpeechEncoder) -> bool:
+        """Whether the convolutions of ``other`` are this teacher's, weight by weight in the teacher's precision."""
+        names = ("conv_layers", "extractor_mode", "conv_bias", "group_norm_over_padding")
+        if any(getattr(self.config, name) != getattr(other.config, name) for name in names):
+            return False
+        own, its = self._encoder.feature_extractor.state_dict(), other.feature_extractor.state_dict()
+        return all(torch.equal(own[name].cpu(), its[name].detach().cpu().to(self.dtype)) for name in own)
+
     def hidden_states(
-        self, source: Tensor, padding_mask: Tensor | None, layers: Sequence[int], masked: Tensor | None = None
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None,
+        layers: Sequence[int],
+        masked: Tensor | None = None,
+        conv_features: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Hidden states of ``layers``, as deep as the deepest of them.
 
@@ -58,6 +71,7 @@ class Teacher:
             source: [B, S], 16 kHz.
             padding_mask: [B, S], True = padding, or None.
             masked: [B, T], True = the frame is replaced by the teacher's own mask embedding; None: it hears everything.
+            conv_features: [B, T, C_conv], what a student that `has_extractor_of` gave for this batch; None: its own.
         Returns:
             per layer [B, T, C] float32, and the frame padding mask [B, T] or None.
         """
@@ -67,7 +81,13 @@ class Teacher:
         if self.normalizes_itself:
             source = normalize_waveforms(source.float(), padding_mask)
         with torch.inference_mode():
-            out = self._encoder(source.to(self.dtype), padding_mask, num_layers=max(layers), masked=masked)
+            out = self._encoder(
+                source.to(self.dtype),
+                padding_mask,
+                num_layers=max(layers),
+                masked=masked,
+                conv_features=conv_features,
+            )
         # cloned outside of inference mode: losses save their targets for the backward pass
         states = [out.hidden_states[layer].clone().float() for layer in layers]
         return states, None if out.padding_mask is None else out.padding_mask.clone()

@@ -10,7 +10,10 @@ import math
 from collections.abc import Sequence
 
 from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig
+from s3distill.encoder.variants import owner
 from s3distill.gates.counts import UNITS, Count, GateCounts, check_units, prunable_sizes, structure_sizes
+from s3distill.gates.output_cost import output_macs, output_parameters
+from s3distill.gates.variant_cost import attention_macs, attention_parameters, conv_cost
 
 MEASURES = ("params", "macs")
 
@@ -35,7 +38,8 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
         ffn         p_f ((d + 1) f + (f + 1) d)
 
     A WavLM with n buckets and H heads before pruning adds n H for its position bias, which is never cut, and to each
-    attention p_a (h + 8 (d / H + 1)) for the gate of the bias.
+    attention p_a (h + 8 (d / H + 1)) for the gate of the bias. A time reduction by r adds r d^2 + d. What layers share is
+    counted once, with its owner. Separable convolutions and other kinds of attention: see `variant_cost`.
 
     Products of expectations are the expectations of the products, since gates are independent of each other. A post-LN
     layer keeps both LayerNorms (4 d) without its sub-layers, in a pre-LN layer each goes with its sub-layer.
@@ -45,21 +49,22 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
     norms: Count = 2 * dim + 2 * counts.conv[-1]  # encoder.layer_norm and layer_norm
     channels_in: Count = 1
     for i, (shape, channels) in enumerate(zip(config.conv_layers, counts.conv, strict=True)):
-        conv = conv + channels_in * channels * shape.kernel + (channels if config.conv_bias else 0)
+        conv = conv + conv_cost(shape, channels_in, channels) + (channels if config.conv_bias else 0)
         if i == 0 or config.extractor_mode == "layer_norm":
             norms = norms + 2 * channels
         channels_in = channels
     attention: Count = 0
     ffn: Count = 0
-    for i, layer in enumerate(config.layers):
-        inner = counts.heads[i] * layer.head_dim
+    for i in range(config.num_layers):
         has_attention, has_ffn = counts.attention_layers[i], counts.ffn_layers[i]
-        attention = attention + has_attention * (3 * (dim + 1) * inner + (inner + 1) * dim)
-        if config.position_buckets > 0:
-            gate = 8 * (dim // config.position_heads + 1)
-            attention = attention + has_attention * (counts.heads[i] + gate)
-        ffn = ffn + has_ffn * ((dim + 1) * counts.ffn[i] + (counts.ffn[i] + 1) * dim)
-        norms = norms + (2 * dim * (has_attention + has_ffn) if config.layer_norm_first else 4 * dim)
+        if owner(config, "attention", i) == i:
+            for term in attention_parameters(config, i, counts.heads[i]):
+                attention = attention + has_attention * term
+        if owner(config, "ffn", i) == i:
+            ffn = ffn + has_ffn * ((dim + 1) * counts.ffn[i] + (counts.ffn[i] + 1) * dim)
+        if owner(config, "norms", i) == i:
+            norms = norms + (2 * dim * (has_attention + has_ffn) if config.layer_norm_first else 4 * dim)
+    kept_heads = {} if config.output is None else {"output_heads": output_parameters(config.output)}
     depth, kernel = config.pos_conv_depth, pos_conv_kernel(config)
     pos_conv = depth * (dim * (dim // config.pos_conv_groups) * kernel + dim)
     return {
@@ -67,10 +72,12 @@ def parameter_breakdown(config: EncoderConfig, counts: GateCounts) -> dict[str, 
         "projection": (channels_in + 1) * dim if config.project_features else 0,
         "mask_emb": dim,
         "pos_conv": pos_conv + (kernel if depth == 1 else 0),  # weight_g [1, 1, K] of the weight norm
+        "time_reduction": config.time_reduction * dim * dim + dim if config.time_reduction > 1 else 0,
         "position_bias": config.position_buckets * config.position_heads,
         "attention": attention,
         "ffn": ffn,
         "norms": norms,
+        **kept_heads,
     }
 
 
@@ -90,7 +97,8 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
     positional conv depth * d (d / groups) k T, attention p_a (4 d h e T + 2 h e T^2) and, for the gate of WavLM's position
     bias, p_a 8 h (d / H) T, FFN p_f 2 d f T. Norms, biases, activations and gates, which are linear in the width, and
     the position bias, which is looked up and added to the scores, are not counted. The positional conv with an even kernel makes
-    one frame more than it keeps.
+    one frame more than it keeps. A time reduction takes d^2 T MACs and leaves T / r frames to the layers behind it; each
+    use of shared parameters counts. Separable convolutions and other kinds of attention: see `variant_cost`.
 
     Args:
         utterance_s: length of the utterance in seconds.
@@ -108,26 +116,24 @@ def mac_breakdown(config: EncoderConfig, counts: GateCounts, utterance_s: float 
     channels_in: Count = 1
     for shape, channels in zip(config.conv_layers, counts.conv, strict=True):
         frames = (frames - shape.kernel) // shape.stride + 1
-        conv = conv + channels_in * channels * (shape.kernel * frames)
+        conv = conv + conv_cost(shape, channels_in, channels, frames)
         channels_in = channels
-    attention: Count = 0
-    ffn: Count = 0
-    for i, layer in enumerate(config.layers):
-        inner = counts.heads[i] * layer.head_dim
-        attention = attention + counts.attention_layers[i] * inner * (4 * dim * frames + 2 * frames * frames)
-        if config.position_buckets > 0:
-            gate = 8 * (dim // config.position_heads) * frames
-            attention = attention + counts.attention_layers[i] * counts.heads[i] * gate
-        ffn = ffn + counts.ffn_layers[i] * counts.ffn[i] * (2 * dim * frames)
     kernel = pos_conv_kernel(config)
-    pos_frames = frames + (1 - kernel % 2)
-    return {
+    parts: dict[str, Count] = {
         "conv": conv,
         "projection": channels_in * (dim * frames) if config.project_features else 0,
-        "pos_conv": config.pos_conv_depth * dim * (dim // config.pos_conv_groups) * kernel * pos_frames,
-        "attention": attention,
-        "ffn": ffn,
+        "pos_conv": config.pos_conv_depth * dim * (dim // config.pos_conv_groups) * kernel * (frames + 1 - kernel % 2),
     }
+    frames = frames // config.time_reduction
+    parts["time_reduction"] = config.time_reduction * dim * dim * frames if config.time_reduction > 1 else 0
+    parts["attention"] = parts["ffn"] = 0
+    for i in range(config.num_layers):
+        for structures, macs in attention_macs(config, i, counts.heads[i], frames):
+            parts["attention"] = parts["attention"] + counts.attention_layers[i] * structures * macs
+        parts["ffn"] = parts["ffn"] + counts.ffn_layers[i] * counts.ffn[i] * (2 * dim * frames)
+    if config.output is not None:
+        parts["output_heads"] = output_macs(config.output) * frames
+    return parts
 
 
 def count_macs_per_second(config: EncoderConfig, counts: GateCounts, utterance_s: float = UTTERANCE_S) -> Count:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from s3distill.encoder.config import EncoderConfig
+from s3distill.encoder.variants import gate_owners
 from s3distill.gates.counts import UNITS, Count, GateCounts, check_units, prunable_sizes, structure_sizes
 from s3distill.gates.hard_concrete import HardConcrete, deterministic_gates, draw_noise, num_open
 from s3distill.gates.values import GateValues
@@ -33,7 +34,8 @@ class GateSet(nn.Module):
     """Hard Concrete gates of a student, under the keys ``<unit>.<layer>.log_alpha``.
 
     Structures that the config says are not there (a removed sub-layer, an FFN of width 0) get no gate, so a pruned
-    model can be pruned again.
+    model can be pruned again. Layers that share parameters or an attention map have gates in common, under the number of the
+    first of them.
 
     The default ``init_drop`` of 0.01 makes the expected sparsity of HuBERT Base 0.002 at the start, for every unit: the
     size target starts at 0 and the student at its teacher. Nearer to 1 the gates would fall asleep: a gate has a
@@ -60,13 +62,22 @@ class GateSet(nn.Module):
         sizes = prunable_sizes(config)
         for unit in self.units:
             drop = init_drop.get(unit, 0.01) if isinstance(init_drop, Mapping) else init_drop
-            gated = {str(i): HardConcrete(size, drop) for i, size in enumerate(sizes[unit]) if size > 0}
+            owners = self._owners(unit)
+            gated = {str(i): HardConcrete(n, drop) for i, n in enumerate(sizes[unit]) if n > 0 and owners[i] == i}
             self.add_module(unit, nn.ModuleDict(gated))
         if not any(self.gates(unit) for unit in self.units):
             raise ValueError(
                 f"the encoder has none of {', '.join(self.units)} left to prune; choose other units of "
                 f"{', '.join(UNITS)}"
             )
+
+    def _owners(self, unit: str) -> tuple[int, ...]:
+        """Per conv or Transformer layer the one whose gates it has."""
+        return gate_owners(self.config, unit) or tuple(range(len(structure_sizes(self.config)[unit])))
+
+    def _spread(self, unit: str, layer: int) -> list[int]:
+        """The layers that have the gates of ``layer``, itself among them."""
+        return [i for i, owner in enumerate(self._owners(unit)) if owner == layer]
 
     def gates(self, unit: str) -> dict[int, HardConcrete]:
         """The gates of one unit by layer; empty if it is not gated."""
@@ -127,7 +138,8 @@ class GateSet(nn.Module):
         counts: dict[str, list[Count]] = {unit: list(sizes) for unit, sizes in structure_sizes(self.config).items()}
         for unit, layer, gate in self.all_gates():
             expected = gate.expected_open()
-            counts[unit][layer] = expected.clamp_min(MIN_OPEN[unit]) if MIN_OPEN[unit] else expected
+            for i in self._spread(unit, layer):
+                counts[unit][i] = expected.clamp_min(MIN_OPEN[unit]) if MIN_OPEN[unit] else expected
         return GateCounts(*(tuple(counts[unit]) for unit in UNITS))
 
     def kept_counts(self) -> GateCounts:
@@ -141,7 +153,8 @@ class GateSet(nn.Module):
         counted = {(u, i): num_open(g.log_alpha, MIN_OPEN[u]) for u, i, g in self.all_gates() if u not in _POOLED}
         counted |= {key: (value[0] > 0).double() for key, value in self._pooled_values().items()}
         for (unit, layer), count in zip(counted, torch.stack(list(counted.values())).tolist(), strict=True):
-            kept[unit][layer] = int(count)
+            for i in self._spread(unit, layer):
+                kept[unit][i] = int(count)
         for inner, sub_layer in (("head", "attention_layer"), ("ffn", "ffn_layer")):
             kept[inner] = [count * there for count, there in zip(kept[inner], kept[sub_layer], strict=True)]
         return GateCounts(*(tuple(kept[unit]) for unit in UNITS))
@@ -156,7 +169,8 @@ class GateSet(nn.Module):
             _VALUES_FIELD[unit]: [None] * len(sizes) for unit, sizes in structure_sizes(self.config).items()
         }
         for (unit, layer), value in gates.items():
-            fields[_VALUES_FIELD[unit]][layer] = value.squeeze(0) if unit.endswith("_layer") else value
+            for i in self._spread(unit, layer):
+                fields[_VALUES_FIELD[unit]][i] = value.squeeze(0) if unit.endswith("_layer") else value
         return GateValues(**{name: tuple(values) for name, values in fields.items()})
 
     def _check_finite(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from s3distill.heads.least_squares import least_squares
 
-MODES = ("layer2layer", "predlayer")
+MODES = ("layer2layer", "predlayer", "none")
 SHARINGS = ("own", "shared")
 INITS = ("identity", "least_squares", "default")
 
@@ -29,12 +29,14 @@ class HeadsConfig:
         num_student_layers: Transformer layers of the student.
         mode: ``layer2layer``: one Linear per pair (DPHuBERT). ``predlayer``: all heads read the student's last layer
             through Linear -> GELU -> Linear (DistilHuBERT), of their own and with torch's initialisation, whatever
-            ``sharing`` and ``init`` say.
+            ``sharing`` and ``init`` say. ``none``: the hidden state itself is the prediction, nothing is learnt.
         sharing: ``own``: a Linear per pair; ``shared``: student layer 0 has its own, the others share one.
         init: ``identity`` (its first rows and columns where the widths differ, zero bias), ``least_squares`` (identity
             until `LayerHeads.fit_least_squares` is called) or ``default`` (torch's).
+        upsample: frames that are made of one: the student's time reduction, so that predictions have the teacher's rate.
     Raises:
-        ValueError: an unknown choice, a layer that the student lacks, or least squares in ``predlayer`` mode.
+        ValueError: an unknown choice, a layer that the student lacks, widths or frame rates that ``none`` cannot bridge, or
+            least squares where it has no solution.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -44,6 +46,7 @@ class HeadsConfig:
     mode: str = "layer2layer"
     sharing: str = "shared"
     init: str = "identity"
+    upsample: int = 1
 
     def __post_init__(self) -> None:
         choices = {"mode": (self.mode, MODES), "sharing": (self.sharing, SHARINGS), "init": (self.init, INITS)}
@@ -57,18 +60,33 @@ class HeadsConfig:
             len(self.pairs) > 0 and all(len(pair) == 2 and min(pair) >= 0 for pair in self.pairs),
             f"`pairs` must hold one or more (student layer, teacher layer), both >= 0, but is {list(self.pairs)}",
         )
-        read = self.pairs if self.mode == "layer2layer" else tuple((-1, teacher) for _, teacher in self.pairs)
+        read = self.pairs if self.mode != "predlayer" else tuple((-1, teacher) for _, teacher in self.pairs)
         _require(len(set(read)) == len(read), f"the pairs of layers to match must differ, but are {list(self.pairs)}")
         _require(
-            self.mode == "layer2layer" or self.init != "least_squares",
-            "in `predlayer` mode `init` cannot be least_squares, since a GELU lies between; take default",
+            self.init != "least_squares" or (self.mode == "layer2layer" and self.upsample == 1),
+            f"`init` of the heads cannot be least_squares unless they are one Linear per frame, but mode is {self.mode} with "
+            f"{self.upsample} frames made of one; take default",
         )
+        _require(self.upsample >= 1, f"`upsample` of the heads must be at least 1, but is {self.upsample}")
+        self._check_none()
         for student, teacher in self.pairs:
             _require(
                 self.mode == "predlayer" or student <= self.num_student_layers,
                 f"the pair {student}:{teacher} names layer {student} of the student, which has layers 0 to "
                 f"{self.num_student_layers} only; change the layers to match",
             )
+
+    def _check_none(self) -> None:
+        _require(
+            self.mode != "none" or self.student_dim == self.teacher_dim,
+            f"without heads (mode none) hidden states are compared as they are, so that student and teacher must have the same width, "
+            f"but have {self.student_dim} and {self.teacher_dim}; take mode layer2layer or predlayer",
+        )
+        _require(
+            self.mode != "none" or self.upsample == 1,
+            f"without heads (mode none) the student must have the teacher's frames, but its time reduction leaves one of {self.upsample}; "
+            "take mode layer2layer, whose heads bring them back",
+        )
 
     def check_teacher(self, num_teacher_layers: int) -> None:
         """Raises ValueError where a pair names a layer that a teacher with so many Transformer layers lacks."""
@@ -123,9 +141,13 @@ class LayerHeads(nn.Module):
 
         layer2layer  p_j = W_j h_{s_j} + b_j                                    (Peng et al., 2023, DPHuBERT)
         predlayer    p_j = V_j GELU(W_j h_last + b_j) + c_j, W_j [C_s, C_s]    (Chang et al., 2022, DistilHuBERT)
+        none         p_j = h_{s_j}                                   (DistilHuBERT's ablation without prediction heads)
+
+    With ``upsample`` r > 1 a transposed convolution C_s -> C_s of kernel and stride r stands in front of each Linear (Lee et
+    al., 2022, FitHuBERT), in ``predlayer`` one in front of all.
 
     Keys: ``linears.N``, one per pair; ``shared``: 0 = that of student layer 0 if a pair names it, the last = the shared
-    one; ``predlayer``: ``hidden`` (all W_j stacked) and ``linears.N`` (V_j).
+    one; ``predlayer``: ``hidden`` (all W_j stacked) and ``linears.N`` (V_j); ``upsamplers.N``.
     """
 
     def __init__(self, config: HeadsConfig) -> None:
@@ -136,15 +158,20 @@ class LayerHeads(nn.Module):
         if config.mode == "layer2layer" and config.sharing == "shared":
             shared = int(0 in students)
             self.linear_of_pair = [0 if student == 0 else shared for student in students]
-        num_linears = max(self.linear_of_pair) + 1
+        num_linears = 0 if config.mode == "none" else max(self.linear_of_pair) + 1
         self.hidden: nn.Linear | None = None
         if config.mode == "predlayer":
             self.hidden = nn.Linear(config.student_dim, config.student_dim * num_linears)
         self.linears = nn.ModuleList(nn.Linear(config.student_dim, config.teacher_dim) for _ in range(num_linears))
+        num_upsamplers = 0 if config.upsample == 1 else (num_linears if self.hidden is None else 1)
+        dim, factor = config.student_dim, config.upsample
+        self.upsamplers = nn.ModuleList(nn.ConvTranspose1d(dim, dim, factor, factor) for _ in range(num_upsamplers))
         if config.mode == "layer2layer" and config.init != "default":
             for linear in self._linears():
                 nn.init.eye_(linear.weight)
                 nn.init.zeros_(linear.bias)
+            for name, parameter in self.upsamplers.named_parameters():  # every frame is repeated
+                parameter.data.copy_(torch.eye(dim)[:, :, None] if name.endswith("weight") else torch.zeros(dim))
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -162,12 +189,20 @@ class LayerHeads(nn.Module):
         Args:
             hidden_states: the student's, by layer, each [B, T, C_s]; index 0 = what enters the first layer.
         Returns:
-            [B, T, C_t] per pair.
+            [B, T * upsample, C_t] per pair.
         """
         inputs = [hidden_states[student] for student in self.config.student_layers]
+        if self.config.mode == "none":
+            return inputs
         if self.hidden is not None:
-            inputs = list(F.gelu(self.hidden(inputs[0])).chunk(len(inputs), dim=-1))
+            inputs = list(F.gelu(self.hidden(self._upsampled(inputs[0], 0))).chunk(len(inputs), dim=-1))
+        else:
+            inputs = [self._upsampled(x, index) for index, x in zip(self.linear_of_pair, inputs, strict=True)]
         return [self.linears[index](x) for index, x in zip(self.linear_of_pair, inputs, strict=True)]
+
+    def _upsampled(self, x: Tensor, index: int) -> Tensor:
+        """[B, T, C_s] -> [B, T * upsample, C_s]"""
+        return self.upsamplers[index](x.transpose(1, 2)).transpose(1, 2) if len(self.upsamplers) > 0 else x
 
     @torch.no_grad()
     def fit_least_squares(
@@ -183,11 +218,13 @@ class LayerHeads(nn.Module):
             student_states, teacher_states: hidden states by layer, each [B, T, C]; the same frames in both.
             padding_mask: [B, T] bool, True = padding, or None.
         Raises:
-            RuntimeError: the heads are not linear (`predlayer`).
+            RuntimeError: the heads are not one Linear per frame.
             ValueError: shapes differ, or no valid frame.
         """
-        if self.hidden is not None:
-            raise RuntimeError("heads of mode `predlayer` have no least-squares solution; use mode `layer2layer`")
+        if self.config.mode != "layer2layer" or self.config.upsample > 1:
+            raise RuntimeError(
+                f"heads of mode `{self.config.mode}` have no least-squares solution; use mode `layer2layer`"
+            )
         for index, linear in enumerate(self._linears()):
             xs, ys = [], []
             for (student, teacher), owner in zip(self.config.pairs, self.linear_of_pair, strict=True):

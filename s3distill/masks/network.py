@@ -43,7 +43,7 @@ class MaskedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.w2v_model = SpeechEncoder(config, training, masking)
-        self.proj = nn.Linear(config.embed_dim, num_outputs)
+        self.proj = nn.Linear(config.output_dim, num_outputs)
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
         self.pool, self.final_dropout = pool, final_dropout

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s3distill.encoder.config import EncoderConfig
+from s3distill.encoder.variants import owner
 from s3distill.masks.magnitude import METHODS, PruningSchedule
 from s3distill.masks.modules import MaskRule
 from s3distill.masks.scores import INITS
@@ -18,6 +19,7 @@ LINEAR_ST_OPS = {"linear_st": None, "linear_st_outstr": "rows", "linear_st_instr
 ENCODER = "w2v_model"  # name of the encoder in fairseq's fine-tuned models, and of the head beside it
 HEAD = "proj"
 ATTENTION_LINEARS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj")
+VALUE_LINEARS = ("self_attn.v_proj", "self_attn.out_proj")  # what a layer has that applies another's attention map
 FFN_LINEARS = ("fc1", "fc2")
 
 
@@ -170,7 +172,8 @@ class MaskOptions:
         Modules with density 1 are not masked at all, nor are those that have no weights (pruned to nothing).
 
         Raises:
-            ValueError: ``layerwise_prune_rate`` has another length than the encoder has layers.
+            ValueError: ``layerwise_prune_rate`` has another length than the encoder has layers, or layers that share parameters
+                are to keep different fractions.
         """
         if self.layerwise_prune_rate and len(self.layerwise_prune_rate) != config.num_layers:
             raise ValueError(
@@ -180,9 +183,10 @@ class MaskOptions:
         densities = dict(self._outside(config, in_front=True))
         for i, layer in enumerate(config.layers):
             prefix = f"{ENCODER}.encoder.layers.{i}"
-            if layer.attention and layer.num_heads > 0 and not self.fix_attn:
-                densities |= {f"{prefix}.{name}": self._layer_density(i, attention=True) for name in ATTENTION_LINEARS}
-            if layer.ffn and layer.ffn_dim > 0 and not self.fix_fc:
+            if layer.attention and layer.num_heads > 0 and not self.fix_attn and self._owns(config, "attention", i):
+                linears = ATTENTION_LINEARS if not layer.reuses_attention else VALUE_LINEARS
+                densities |= {f"{prefix}.{name}": self._layer_density(i, attention=True) for name in linears}
+            if layer.ffn and layer.ffn_dim > 0 and not self.fix_fc and self._owns(config, "ffn", i):
                 densities |= {f"{prefix}.{name}": self._layer_density(i, attention=False) for name in FFN_LINEARS}
         densities |= dict(self._outside(config, in_front=False))
         return {
@@ -190,6 +194,17 @@ class MaskOptions:
             for name, density in densities.items()
             if density < 1
         }
+
+    def _owns(self, config: EncoderConfig, part: str, layer: int) -> bool:
+        """Whether the weights are the layer's own; where they are another's, both must be given one density."""
+        first, attention = owner(config, part, layer), part == "attention"
+        densities = self._layer_density(first, attention), self._layer_density(layer, attention)
+        if densities[0] != densities[1]:
+            raise ValueError(
+                f"`layerwise_prune_rate` must be the same for layers that share their weights, but is {densities[0]} for layer {first} "
+                f"and {densities[1]} for layer {layer}; give both one kept fraction"
+            )
+        return first == layer
 
     def _layer_density(self, layer: int, attention: bool) -> float:
         if self.layerwise_prune_rate:
@@ -206,8 +221,10 @@ class MaskOptions:
                 yield HEAD, density
             return
         if not self.no_prune_extractor:
-            for i in range(len(config.conv_layers)):
-                yield f"{ENCODER}.feature_extractor.conv_layers.{i}.0", density
+            for i, conv in enumerate(config.conv_layers):
+                # of a separable convolution the pointwise half: the other has no more than a kernel per channel
+                suffix = "0.1" if conv.separable else "0"
+                yield f"{ENCODER}.feature_extractor.conv_layers.{i}.{suffix}", density
         if not self.no_prune_post_extract_proj and config.project_features:
             yield f"{ENCODER}.post_extract_proj", density
         if not self.no_prune_pos:

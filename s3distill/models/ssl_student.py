@@ -10,13 +10,23 @@ from fairseq.models import BaseFairseqModel, register_model
 from omegaconf import II
 from torch import Tensor
 
-from s3distill import compat
-from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options, parse_checkpoint
+from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options
 from s3distill.encoder.config import ACTIVATIONS, EXTRACTOR_MODES, EncoderConfig, MaskConfig, TrainingConfig
-from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.layer_choice import NO_LAYERS
+from s3distill.encoder.model import PARAMETER_PREFIXES, EncoderOutput, SpeechEncoder
+from s3distill.encoder.variants import ATTENTIONS, SHARED
 from s3distill.gates import MEASURES, UNITS, GateCounts, GateSet, Lagrangian, check_target, count_cost, sparsity
-from s3distill.heads import INITS, MODES, SHARINGS, HeadsConfig, TeacherHeads, parse_pairs_per_teacher
-from s3distill.masks.state import baked
+from s3distill.heads import (
+    INITS,
+    MODES,
+    SHARINGS,
+    HeadsConfig,
+    TeacherHeads,
+    match_frames,
+    parse_pairs_per_teacher,
+    without_prediction,
+)
+from s3distill.models._student_start import read_start
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +42,14 @@ class SslStudentConfig(FairseqDataclass):
         metadata={
             "help": "checkpoint or Hugging Face folder that the student starts from (the teacher's, or a compact one): shape and weights; "
             "heads come along where they fit. None: random weights in the shape of the options below"
+        },
+    )
+    init_layers: str = field(
+        default="",
+        metadata={
+            "help": "Transformer layers that are copied from `student_path`, 0-based: 'first:2', 'every:4' (0, 4, 8, ...) or '0,4,8', with "
+            "extractor, projection and positional convolution; 'none': the extractor alone, the rest random in the shape of the options "
+            "below; empty: all of it"
         },
     )
     encoder: Optional[str] = field(
@@ -67,6 +85,46 @@ class SslStudentConfig(FairseqDataclass):
     group_norm_over_padding: bool = field(
         default=False, metadata={"help": "take GroupNorm statistics over padding too, as fairseq does"}
     )
+    # variants, of students from scratch
+    separable_conv_layers: List[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "conv layers that are depthwise-separable, counted from 0; layer 0 has one input and cannot be: [1,2,3,4,5,6]"
+        },
+    )
+    time_reduction: int = field(
+        default=1, metadata={"help": "frames that a convolution in front of layer 0 makes one of (FitHuBERT: 2)"}
+    )
+    shared: ChoiceEnum(list(SHARED)) = field(  # type: ignore[valid-type]
+        default="none",
+        metadata={
+            "help": "parameters that layers have in common (ALBERT); attention and ffn leave the LayerNorms apart"
+        },
+    )
+    shared_group: int = field(
+        default=0, metadata={"help": "consecutive layers that share parameters; 0: all layers are one group"}
+    )
+    attention: ChoiceEnum(list(ATTENTIONS)) = field(  # type: ignore[valid-type]
+        default="full",
+        metadata={
+            "help": "full: all pairs of frames; windowed: near ones (Longformer); linformer: projected keys, values"
+        },
+    )
+    attention_window: int = field(default=0, metadata={"help": "of windowed: frames on each side that are attended to"})
+    attention_global: int = field(
+        default=0, metadata={"help": "of windowed: so many first frames attend to all, and all to them"}
+    )
+    linformer_dim: int = field(default=0, metadata={"help": "of linformer: frames that keys and values become"})
+    linformer_max_frames: int = field(
+        default=0, metadata={"help": "of linformer: frames of the longest utterance; longer ones are refused"}
+    )
+    reuse_attention_layers: List[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Transformer layers, counted from 0, that apply the attention map of the nearest other one before them "
+            "(ARMHuBERT: every second, [1,3,5,7,9,11])"
+        },
+    )
     # training
     dropout: float = field(default=0.1, metadata={"help": "dropout behind attention and FFN"})
     attention_dropout: float = field(default=0.1, metadata={"help": "dropout of attention weights"})
@@ -74,6 +132,13 @@ class SslStudentConfig(FairseqDataclass):
     dropout_input: float = field(default=0.0, metadata={"help": "dropout in front of the Transformer"})
     encoder_layerdrop: float = field(default=0.0, metadata={"help": "probability of skipping a layer while training"})
     feature_grad_mult: float = field(default=1.0, metadata={"help": "scales the extractor's gradient; 0 freezes it"})
+    shares_extractor: bool = field(
+        default=False,
+        metadata={
+            "help": "the convolutions are the teacher's, frozen (feature_grad_mult=0), and run once per batch for both; the student "
+            "keeps its own copy in checkpoints"
+        },
+    )
     checkpoint_activations: bool = field(
         default=False, metadata={"help": "recompute layers in the backward pass to save memory"}
     )
@@ -158,6 +223,8 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         masking = MaskConfig(**{f.name: getattr(cfg, f.name) for f in fields(MaskConfig)})
         super().__init__(config, training, masking)
         self.cfg = cfg
+        if cfg.shares_extractor:  # an optimizer with flat parameters would decay them
+            self.feature_extractor.requires_grad_(False)
         self.num_updates = 0
         self.heads_loaded = False
         self.heads: TeacherHeads | None = None
@@ -165,6 +232,11 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         self.lagrangian: Lagrangian | None = None
         if cfg.distill_layers:
             self.heads = TeacherHeads(_heads_configs(cfg, config))
+        if cfg.prune_units and config.output is not None:
+            raise ValueError(
+                "`model.prune_units` cannot gate a student that keeps its prediction heads (s3distill keep-heads); prune first, then keep "
+                "them"
+            )
         if cfg.prune_units:
             self.gates = GateSet(config, list(cfg.prune_units), init_drop=cfg.gate_init_drop)
             self.lagrangian = Lagrangian()
@@ -175,11 +247,16 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
     @classmethod
     def build_model(cls, cfg: SslStudentConfig, task: Any) -> "SslStudent":
         """Shape, weights, heads and gates; what was taken from files goes into ``cfg``, so that checkpoints rebuild alone."""
-        start = None if cfg.encoder or not cfg.student_path else _read(cfg.student_path, bool(cfg.normalize))
+        start = None if cfg.encoder or not cfg.student_path else read_start(cfg, vars(SslStudentConfig()))
+        if cfg.init_layers and not cfg.student_path and not cfg.encoder:
+            raise ValueError(
+                f"`model.init_layers` ({cfg.init_layers}) needs the checkpoint that layers are copied from; pass "
+                "model.student_path=${task.teacher_path}, or leave it empty"
+            )
         config = start.config if start is not None else config_from_options(cfg, "ssl_student")  # type: ignore[arg-type]
         config = replace(config, group_norm_over_padding=bool(cfg.group_norm_over_padding))
         cfg.encoder = config.to_json()
-        cfg.encoder_embed_dim = config.embed_dim
+        cfg.encoder_embed_dim = config.output_dim  # what fine-tuning builds its head for
         num_others = getattr(task, "num_teachers", 1) - 1
         dims_are_known = cfg.teacher_dim and len(cfg.extra_teacher_dims) >= num_others
         needs_teacher = (cfg.distill_layers and not dims_are_known) or (cfg.prune_units and not cfg.reference_cost)
@@ -202,7 +279,10 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
 
     def _load_start(self, start: ParsedCheckpoint, path: str) -> None:
         """Weights of the student, and heads where the file has them in the same shape."""
-        self.load_encoder_state(start.encoder_state, path)
+        state = start.encoder_state
+        if self.cfg.init_layers == NO_LAYERS:
+            state = {name: v for name, v in self.state_dict().items() if name.startswith(PARAMETER_PREFIXES)} | state
+        self.load_encoder_state(state, path)
         gates = {k.removeprefix("gates."): v for k, v in start.extra_state.items() if k.startswith("gates.")}
         if gates:
             own = {} if self.gates is None else {k: v.shape for k, v in self.gates.state_dict().items()}
@@ -235,6 +315,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         target_sparsity: float | None = None,
         masked: Tensor | None = None,
         num_layers: int | None = None,
+        conv_features: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Any]:
         """One pass of distillation.
@@ -245,10 +326,11 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             target_sparsity: where the size constraint is to be at this update; None leaves the penalty out.
             masked: [B, T], True = the frame is replaced by the mask embedding, see `draw_masks`; None hears everything.
             num_layers: run so many layers at least; heads may read deeper ones.
+            conv_features: what `extract` gave for this batch, [B, T, C_conv]; None runs the convolutions.
         Returns:
             ``predictions`` (per pair [B, T, C_teacher]; of the first teacher) and ``other_predictions`` (the same per further
-            teacher), ``hidden_states`` by layer, ``padding_mask`` and ``masked`` [B, T], ``expected_sparsity`` and ``penalty``
-            (scalars, None without gates).
+            teacher), ``hidden_states`` by layer, ``padding_mask`` (True = no prediction) and ``masked`` [B, T] at the teachers'
+            frame rate, ``expected_sparsity`` and ``penalty`` (scalars, None without gates).
         """
         assert self.heads is not None or num_layers is not None, "a student needs heads, or layers to compare"
         gates = None
@@ -256,7 +338,14 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             gates = self.gates.sample(self.cfg.seed + self.num_updates) if self.training else self.gates.deterministic()
         deepest = max(num_layers or 0, self.heads.deepest_layer if self.heads is not None else 0)
         out = SpeechEncoder.forward(
-            self, source, padding_mask, mask=mask, gates=gates, num_layers=deepest, masked=masked
+            self,
+            source,
+            padding_mask,
+            mask=mask,
+            gates=gates,
+            num_layers=deepest,
+            masked=masked,
+            conv_features=conv_features,
         )
         expected, penalty = None, None
         if self.gates is not None:
@@ -264,15 +353,28 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             expected = self.expected_sparsity()
             if target_sparsity is not None:
                 penalty = self.lagrangian(expected, target_sparsity)
+        predictions, padding_mask = self._predict(out)
         return {
-            "predictions": self.heads(out.hidden_states) if self.heads is not None else [],
-            "other_predictions": self.heads.predict_others(out.hidden_states) if self.heads is not None else [],
+            "predictions": predictions[0] if predictions else [],
+            "other_predictions": predictions[1:],
             "hidden_states": out.hidden_states,
-            "padding_mask": out.padding_mask,
+            "padding_mask": padding_mask,
             "masked": out.masked,
             "expected_sparsity": expected,
             "penalty": penalty,
         }
+
+    def _predict(self, out: EncoderOutput) -> tuple[list[list[Tensor]], Tensor | None]:
+        """Per teacher its heads' predictions, [B, T, C_teacher] each, and which frames of the teacher have none, [B, T]."""
+        if self.heads is None:
+            return [], out.padding_mask
+        predictions = [self.heads(out.hidden_states), *self.heads.predict_others(out.hidden_states)]
+        factor = self.config.time_reduction
+        if factor == 1:
+            return predictions, out.padding_mask
+        batch_size, num_frames, _ = out.features.shape
+        mask = without_prediction(out.padding_mask, factor, batch_size, num_frames, out.features.device)
+        return [[match_frames(p, num_frames) for p in group] for group in predictions], mask
 
     def expected_sparsity(self) -> Tensor:
         """Share of the reference cost that the gates are expected to remove; scalar, differentiable in the gates."""
@@ -325,6 +427,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         """Drops heads and multipliers; gates that were not pruned yet stay, frozen, since they are part of the function."""
         self.heads = None
         self.lagrangian = None
+        self.feature_extractor.requires_grad_(True)  # of `shares_extractor`; fine-tuning has its own feature_grad_mult
         if self.gates is not None:
             self.gates.requires_grad_(False)
 
@@ -345,16 +448,7 @@ def _heads_configs(cfg: SslStudentConfig, config: EncoderConfig) -> list[HeadsCo
             mode=str(cfg.head_mode),
             sharing=str(cfg.head_sharing),
             init=str(cfg.head_init),
+            upsample=config.time_reduction,
         )
         for pairs, dim in zip(parse_pairs_per_teacher(cfg.distill_layers, len(dims)), dims, strict=True)
     ]
-
-
-def _read(path: str, normalize: bool) -> ParsedCheckpoint:
-    parsed = baked(parse_checkpoint(compat.load_checkpoint(path), path), path)
-    if parsed.normalize != normalize:
-        raise ValueError(
-            f"`task.normalize` must be what the checkpoint was trained with: {path} has normalize={parsed.normalize}, but the task "
-            f"has {normalize}; pass task.normalize={str(parsed.normalize).lower()}"
-        )
-    return parsed

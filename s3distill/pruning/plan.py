@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from s3distill.encoder.config import EncoderConfig, LayerConfig
+from s3distill.encoder.variants import gate_owners
 from s3distill.gates.values import GateValues
 
 
@@ -58,6 +59,7 @@ class PruningPlan:
             attention=attention,
             ffn=ffn,
             position_heads=None if numbers is None else tuple(numbers[head] for head in heads),
+            reuses_attention=layer.reuses_attention and attention,
         )
 
 
@@ -68,8 +70,10 @@ def plan_from_gates(config: EncoderConfig, gates: GateValues) -> PruningPlan:
         config: shape of the gated encoder.
         gates: its deterministic gate values.
     Raises:
-        ValueError: a conv layer would lose every channel, so that no signal passes.
+        ValueError: a conv layer would lose every channel, so that no signal passes, or layers that share parameters or an
+            attention map have different gates.
     """
+    _check_shared(config, gates)
     conv = tuple(_kept(gate, c.channels) for gate, c in zip(gates.conv, config.conv_layers, strict=True))
     for i, kept in enumerate(conv):
         if len(kept) == 0:
@@ -89,6 +93,23 @@ def plan_from_gates(config: EncoderConfig, gates: GateValues) -> PruningPlan:
         attention=tuple(_scale(g) for g in gates.attention_layers),
         ffn_layers=tuple(_scale(g) for g in gates.ffn_layers),
     )
+
+
+def _check_shared(config: EncoderConfig, gates: GateValues) -> None:
+    units = {
+        "head": gates.heads,
+        "ffn": gates.ffn,
+        "attention_layer": gates.attention_layers,
+        "ffn_layer": gates.ffn_layers,
+    }
+    for unit, values in units.items():
+        for i, first in enumerate(gate_owners(config, unit)):
+            own, others = values[i], values[first]
+            if (own is None) != (others is None) or (own is not None and not torch.equal(own, others)):  # type: ignore[arg-type]
+                raise ValueError(
+                    f"layers {first} and {i} share parameters or an attention map, so their gates of {unit} must be the same, but "
+                    "differ; take them from a `GateSet` of this encoder"
+                )
 
 
 def _kept(gate: Tensor | None, size: int) -> Kept:

@@ -17,7 +17,8 @@ from torch import Tensor
 from s3distill.encoder.config import EncoderConfig, LayerConfig
 from s3distill.pruning.plan import Kept, PruningPlan
 
-WHOLE = ("encoder.pos_conv.", "encoder.layer_norm.", "encoder.relative_attention_bias.")  # what nothing is cut from
+# what nothing is cut from
+WHOLE = ("encoder.pos_conv.", "encoder.layer_norm.", "encoder.relative_attention_bias.", "encoder.time_reduction.")
 
 
 def cut(config: EncoderConfig, state: dict[str, Tensor], plan: PruningPlan) -> tuple[EncoderConfig, dict[str, Tensor]]:
@@ -58,11 +59,19 @@ def cut(config: EncoderConfig, state: dict[str, Tensor], plan: PruningPlan) -> t
 def _cut_conv(
     compact: dict[str, Tensor], state: dict[str, Tensor], prefix: str, kept: Kept, incoming: Kept | None
 ) -> None:
-    weight = state[prefix + "0.weight"][kept.indices]  # [C_out, C_in, K]
-    if incoming is not None:
-        weight = weight[:, incoming.indices] * incoming.scale[:, None]
-    compact[prefix + "0.weight"] = weight
-    for name in ("0.bias", "2.weight", "2.bias", "2.1.weight", "2.1.bias"):
+    if (
+        prefix + "0.0.weight" in state
+    ):  # separable: the depthwise half [C_in, 1, K] is scaled, the pointwise one is cut twice
+        assert incoming is not None
+        depthwise = state[prefix + "0.0.weight"][incoming.indices]
+        compact[prefix + "0.0.weight"] = depthwise * incoming.scale[:, None, None]
+        compact[prefix + "0.1.weight"] = state[prefix + "0.1.weight"][kept.indices][:, incoming.indices]
+    else:
+        weight = state[prefix + "0.weight"][kept.indices]  # [C_out, C_in, K]
+        if incoming is not None:
+            weight = weight[:, incoming.indices] * incoming.scale[:, None]
+        compact[prefix + "0.weight"] = weight
+    for name in ("0.bias", "0.1.bias", "2.weight", "2.bias", "2.1.weight", "2.1.bias"):
         if prefix + name in state:
             compact[prefix + name] = state[prefix + name][kept.indices]
 
@@ -77,23 +86,26 @@ def _cut_layer(
     index: int,
     layer_norm_first: bool,
 ) -> None:
-    if after.attention:
+    # of layers that share parameters, the owner alone has some to cut
+    if after.attention and f"{prefix}self_attn.out_proj.weight" in state:
         kept, scale = plan.heads[index], plan.attention[index]
         # head h owns rows h*D .. h*D+D-1 of q, k, v and the same columns of out_proj
         rows = (kept.indices[:, None] * before.head_dim + torch.arange(before.head_dim)).flatten()
-        for name in ("q_proj", "k_proj", "v_proj"):
+        for name in ("v_proj",) if before.reuses_attention else ("q_proj", "k_proj", "v_proj"):
             compact[f"{prefix}self_attn.{name}.weight"] = state[f"{prefix}self_attn.{name}.weight"][rows]
             compact[f"{prefix}self_attn.{name}.bias"] = state[f"{prefix}self_attn.{name}.bias"][rows]
         columns = state[f"{prefix}self_attn.out_proj.weight"][:, rows]
         compact[f"{prefix}self_attn.out_proj.weight"] = columns * kept.scale.repeat_interleave(before.head_dim) * scale
         compact[f"{prefix}self_attn.out_proj.bias"] = state[f"{prefix}self_attn.out_proj.bias"] * scale
-        if (
-            before.position_heads is not None
-        ):  # the projection of its gate is shared by the heads, its scale is per head
+        for name in ("key_frames", "value_frames"):  # Linformer's, which all heads share
+            if f"{prefix}self_attn.{name}" in state:
+                compact[f"{prefix}self_attn.{name}"] = state[f"{prefix}self_attn.{name}"]
+        # the projection of its gate is shared by the heads, its scale is per head
+        if before.position_heads is not None and not before.reuses_attention:
             for name in ("grep_linear.weight", "grep_linear.bias"):
                 compact[f"{prefix}self_attn.{name}"] = state[f"{prefix}self_attn.{name}"]
             compact[f"{prefix}self_attn.grep_a"] = state[f"{prefix}self_attn.grep_a"][:, kept.indices]
-    if after.ffn:
+    if after.ffn and f"{prefix}fc1.weight" in state:
         kept, scale = plan.ffn[index], plan.ffn_layers[index]
         compact[f"{prefix}fc1.weight"] = state[f"{prefix}fc1.weight"][kept.indices]
         compact[f"{prefix}fc1.bias"] = state[f"{prefix}fc1.bias"][kept.indices]

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,24 @@ class SeededCropDataset(CheckedAudioDataset):
         return t.narrow(dim, int(self._rng.integers(surplus + 1)), target_size)
 
 
-def check_split(data: str, split: str, labels: str | None, dictionary: str | None = None) -> Path:
+def check_split(
+    data: str,
+    split: str,
+    labels: str | None,
+    dictionary: str | None = None,
+    frames_of: Callable[[int], int] | None = None,
+) -> Path:
     """Validates a split's manifest (and labels) before training and returns the manifest's root folder.
 
+    Args:
+        frames_of: see `validate_for_training`.
     Raises:
         FileNotFoundError, ValueError: the first faults with file, line, rule and remedy.
     """
     manifest_path = Path(data) / f"{split}.tsv"
     label_path = Path(data) / f"{split}.{labels}" if labels else None
     dict_path = Path(dictionary or data) / f"dict.{labels}.txt" if labels else None
-    validate_for_training(manifest_path, label_path, dict_path)
+    validate_for_training(manifest_path, label_path, dict_path, frames_of=frames_of)
     return Path(read_manifest(manifest_path).root)
 
 

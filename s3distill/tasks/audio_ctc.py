@@ -19,6 +19,7 @@ from s3distill.data.manifest import read_dictionary, read_labels
 from s3distill.decoding.ctc import CtcHypothesis, average_log_probs, greedy_decode
 from s3distill.decoding.transcripts import Transcript, Transcripts
 from s3distill.encoder.config import SAMPLE_RATE
+from s3distill.encoder.model import SpeechEncoder
 from s3distill.scoring.s3_wer import S3WerScorer
 from s3distill.tasks._audio import check_split, set_root
 from s3distill.tasks._bank_model import BankModel, dictionary_of, open_entry
@@ -49,6 +50,7 @@ class AudioCtcTask(AudioFinetuningTask):
             )
         super().__init__(cfg)
         self.bank = open_entry(cfg.mask_bank, cfg.mask_name)
+        self.frames_of: Any = None  # of a model in training: samples -> frames
         self.words: dict[str, list[str]] = {}  # per split, what `.wrd` says of each utterance of the dataset
 
     def load_target_dictionary(self) -> Any:
@@ -66,7 +68,11 @@ class AudioCtcTask(AudioFinetuningTask):
 
     def build_model(self, model_cfg: Any, from_checkpoint: bool = False) -> Any:
         if self.bank is None:
-            return super().build_model(model_cfg, from_checkpoint)
+            model = super().build_model(model_cfg, from_checkpoint)
+            encoders = [m for m in model.modules() if isinstance(m, SpeechEncoder)]
+            if encoders and encoders[0].config.time_reduction > 1 and not from_checkpoint:
+                self.frames_of = encoders[0].config.num_frames
+            return model
         if not from_checkpoint:
             raise ValueError(
                 "`mask_bank` is for decoding and must not be set in training; remove task.mask_bank and task.mask_name"
@@ -95,7 +101,9 @@ class AudioCtcTask(AudioFinetuningTask):
         roots = {}
         if not options.get("binarized_dataset", False):
             for key, name in parts:
-                roots[key] = check_split(self.cfg.data, name, options.labels, self.cfg.target_dictionary)
+                roots[key] = check_split(
+                    self.cfg.data, name, options.labels, self.cfg.target_dictionary, self.frames_of
+                )
             self._check_dictionary(options.labels)
         super().load_dataset(split, task_cfg, **kwargs)
         for key, root in roots.items():

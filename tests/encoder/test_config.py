@@ -145,7 +145,7 @@ def test_released_models_have_frames_of_20_ms() -> None:
     ],
 )
 def test_list_expressions_mean_what_eval_gives(text: str) -> None:
-    assert [dataclasses.astuple(layer) for layer in parse_conv_layers(text)] == [tuple(c) for c in eval(text.strip())]
+    assert [(c.channels, c.kernel, c.stride) for c in parse_conv_layers(text)] == [tuple(c) for c in eval(text.strip())]
 
 
 @pytest.mark.parametrize(

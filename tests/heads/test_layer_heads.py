@@ -182,3 +182,47 @@ def test_errors() -> None:
         LayerHeads(config(mode="predlayer")).fit_least_squares(states(6, 3, 0), states(6, 12, 1))
     with pytest.raises(ValueError, match="at least one, but got 0 and 0"):
         LayerHeads(config()).fit_least_squares(states(6, 3, 0), states(6, 12, 1), torch.ones(3, 20, dtype=torch.bool))
+
+
+def test_without_heads_hidden_states_are_the_predictions() -> None:
+    heads = LayerHeads(config(mode="none"))
+    hidden = states(6, 3, seed=7)
+    assert heads.state_dict() == {} and heads.pairs == PAIRS and heads.deepest_layer == 3
+    assert all(torch.equal(p, hidden[s]) for (s, _), p in zip(PAIRS, heads(hidden), strict=True))
+    with pytest.raises(ValueError, match=r"same width, but have 6 and 8; take mode layer2layer or predlayer"):
+        config(6, 8, mode="none")
+    with pytest.raises(ValueError, match="time reduction leaves one of 2; take mode layer2layer"):
+        config(mode="none", upsample=2)
+    with pytest.raises(RuntimeError, match="`none` have no least-squares"):
+        heads.fit_least_squares(hidden, hidden)
+
+
+@pytest.mark.parametrize("mode", ["layer2layer", "predlayer"])
+def test_upsampling_heads_make_frames_of_one_frame(mode: str) -> None:
+    """FitHuBERT's: a transposed convolution whose kernel is its stride makes r frames of each, from nothing but that frame."""
+    torch.manual_seed(0)
+    heads = LayerHeads(config(4, 6, mode=mode, sharing="own", init="default", upsample=3))
+    assert len(heads.upsamplers) == (4 if mode == "layer2layer" else 1)
+    hidden = states(4, 3, seed=8)
+    before = heads(hidden)
+    assert all(p.shape == (3, 60, 6) for p in before)
+    for state in hidden:
+        state[:, 5] += 1
+    for old, new in zip(before, heads(hidden), strict=True):
+        changed = (old != new).any(-1).all(0).nonzero().flatten().tolist()
+        assert changed == [15, 16, 17]
+    if mode == "layer2layer":
+        upsampler, linear = heads.upsamplers[2], heads.linears[2]
+        frame = hidden[3][:, 5]  # [B, C]
+        for tap in range(3):
+            expected = linear(frame @ upsampler.weight[:, :, tap] + upsampler.bias)
+            torch.testing.assert_close(heads(hidden)[2][:, 15 + tap], expected)
+
+
+def test_identity_repeats_frames() -> None:
+    heads = LayerHeads(config(upsample=2))
+    hidden = states(6, 3, seed=9)
+    for (student, _), prediction in zip(PAIRS, heads(hidden), strict=True):
+        torch.testing.assert_close(prediction, hidden[student].repeat_interleave(2, 1))
+    with pytest.raises(ValueError, match="cannot be least_squares unless they are one Linear per frame"):
+        config(init="least_squares", upsample=2)
