@@ -64,6 +64,7 @@ def test_counts_are_those_of_the_modules(tmp_path: Path) -> None:
         "channels": 6,
         "kernel": 10,
         "stride": 5,
+        "separable": False,
     }
 
 

@@ -192,7 +192,8 @@ _NOT_LISTED = {
         f"enable_padding num_batch_buckets target_dictionary mask_bank mask_name {_CORPORA} {_OTHER_TASKS} {_SEQ2SEQ}"
     ),
     # the shape is that of `student_path`, the widths are the teachers'; distillation masks no channels, and fine-tuning has its own masks
-    "ssl_student": f"group_norm_over_padding extra_teacher_dims {_SHAPE} {_CHANNEL_MASKS}",
+    # what is read of a latency table, and the heads' width of a student that was cut, are filled in
+    "ssl_student": f"group_norm_over_padding extra_teacher_dims latency head_hidden_dim {_SHAPE} {_CHANNEL_MASKS}",
     "audio_labels": f"enable_padding num_batch_buckets {_CORPORA} {_OTHER_TASKS}",
     "wav2vec_ctc": _FINE_TUNING,
     "wav2vec_ctc_st": _FINE_TUNING,

@@ -28,7 +28,8 @@ def padding(lengths: list[int]) -> torch.Tensor:
 def entry(a: torch.Tensor, b: torch.Tensor, norm: str) -> float:
     """What stands in a Gram matrix for two frames."""
     inner = sum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True))
-    return inner / (len(a) if norm == "channels" else math.hypot(*a.tolist()) * math.hypot(*b.tolist()))
+    norms = [max(math.hypot(*v.tolist()), 1e-4) for v in (a, b)]  # as far as frames that are almost 0 are scaled up
+    return inner / (len(a) if norm == "channels" else math.prod(norms))
 
 
 def reference(

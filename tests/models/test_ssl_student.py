@@ -11,6 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("fairseq")
 
+from omegaconf import OmegaConf
+
 import s3distill
 from s3distill.models.ssl_student import SslStudent, SslStudentConfig
 from s3distill.tasks.audio_distill import AudioDistillConfig, AudioDistillTask
@@ -41,7 +43,8 @@ def masked_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Ten
 
 def test_a_student_starts_from_what_a_masked_run_computes(masked_run: tuple[Path, Any, Tensor]) -> None:
     run, _, hidden = masked_run
-    student = SslStudent.build_model(SslStudentConfig(student_path=str(run), normalize=False), None).eval()
+    cfg = OmegaConf.structured(SslStudentConfig(student_path=str(run), normalize=False, seed=1))
+    student = SslStudent.build_model(cfg, None).eval()
     with torch.no_grad():
         assert torch.allclose(student.extract_features(WAVEFORM, None)["x"], hidden, atol=1e-5)
 
