@@ -51,7 +51,18 @@ def train(kit: Any, out: Path, *overrides: str) -> Path:
 
 def decode(kit: Any, results: Path, path: Path, *more: object) -> dict[int, str]:
     """fairseq-generate's transcript of each utterance."""
-    data = ("--task", "audio_ctc", "--labels", "ltr", "--gen-subset", "valid", "--batch-size", "2", "--num-workers", "0")
+    data = (
+        "--task",
+        "audio_ctc",
+        "--labels",
+        "ltr",
+        "--gen-subset",
+        "valid",
+        "--batch-size",
+        "2",
+        "--num-workers",
+        "0",
+    )
     # fairseq's own scorer, BLEU in C++, does not return from transcripts as short as these
     where = ("--user-dir", "s3distill", "--path", path, "--cpu", "--results-path", results, "--scoring", "s3_wer")
     kit.commands.run("fairseq-generate", kit.corpus, *data, *where, *more).succeeded()
