@@ -17,15 +17,20 @@ from tests.masks.banks import NUM_PARAMETERS, make_entry
 
 ROOT = Path(__file__).parents[2]
 CHECKSUM = "ab" * 32
-ROUNDS, ENTRIES = 12, 6
+ROUNDS, ENTRIES = 8, 5
 
 # Adds entries until all of its own are acknowledged, to one bank after another, and prints what was refused on the way.
-# Both processes start each round together, so that they make the bank at the same time, too.
+# Both processes start each round together, so that they make the bank at the same time, too, and are slow where it counts.
 _WRITER = """
 import itertools, os, sys, time
 from pathlib import Path
 from s3distill.masks.bank import MaskBank
 from tests.masks.banks import NUM_PARAMETERS, make_entry
+
+def slowly(function):
+    return lambda *paths: (time.sleep(0.005), function(*paths))
+
+os.replace, os.link = slowly(os.replace), slowly(os.link)
 folder, mine, rounds, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 entry = make_entry("x")
 for r in range(rounds):
