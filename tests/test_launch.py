@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 import s3distill  # noqa: F401  registers the models
 from s3distill.cli.train import check_files, check_option_names
 from s3distill.compat import launch
-from s3distill.compat.repairs import forget_last_run
+from s3distill.compat.repairs import forget_last_run, require_own_folder
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "config" / "s3_router" / "base_1h.yaml"
@@ -204,6 +204,16 @@ def test_a_job_inherits_no_best_score() -> None:
     assert not hasattr(checkpoint_utils.save_checkpoint, "best")
     assert not hasattr(training.should_stop_early, "best") and not hasattr(training.should_stop_early, "num_runs")
     forget_last_run()  # a first job has nothing to forget
+
+
+def test_two_jobs_of_a_sweep_in_one_folder_are_refused() -> None:
+    folders: set[str] = set()
+    for folder in ("sweep/0.5", "sweep/0.75"):
+        require_own_folder(folder, folders)
+    with pytest.raises(
+        ValueError, match=r"two jobs of this sweep write to sweep/0.5: hydra.sweep.subdir does not name"
+    ):
+        require_own_folder("sweep/0.5", folders)
 
 
 # ---------------------------------------------------------------- the way in

@@ -27,6 +27,9 @@ FAMILY=${FAMILY:-hubert_base}
 SPARSITIES=${SPARSITIES:-0.5 0.65 0.75 0.85}
 TEST=${TEST:-test_clean test_other} # the report takes the first
 OUT=${OUT:-outputs/dphubert_${FAMILY}_sweep}
+for sparsity in $SPARSITIES; do # as hydra prints them, since they name folders
+    [[ $sparsity =~ ^0\.[0-9]*[1-9]$ ]] || { echo "SPARSITIES must be like 0.5 or 0.75, but has $sparsity" >&2; exit 2; }
+done
 # shellcheck source=examples/steps.sh
 source examples/steps.sh
 

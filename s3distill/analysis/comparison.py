@@ -105,7 +105,7 @@ def _trainings(folder: Path) -> list[Path]:
 
 
 def _run(path: Path, name: str, subset: str, series: str | None) -> Run:
-    if path.is_file():
+    if path.is_file() or (path / "config.json").is_file():  # the latter is a folder of Hugging Face
         return Run(name, path, series=series)
     trainings = _trainings(path)
     if not trainings:

@@ -74,6 +74,8 @@ def write_comparison(
     path = Path(path)
     everyone = [*([teacher] if teacher else []), *points]
     qualities = [name for name in QUALITIES if any(getattr(point, name) is not None for point in points)]
+    if "wer" in qualities and any(point.series is None for point in points):
+        qualities = [name for name in qualities if name != "loss"]  # of different students, it is not one quantity
     if not qualities:
         raise ValueError(
             "none of the runs has a word error rate (scores-SUBSET.json of fairseq-generate with --scoring s3_wer) or a validated "

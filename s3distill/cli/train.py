@@ -13,7 +13,7 @@ from s3distill.data.manifest import validate_for_training
 
 TAKES_ANY_ARGUMENTS = True  # they are fairseq-hydra-train's
 PATHS = (
-    *("model.w2v_path", "model.student_path", "task.teacher_path", "task.data"),
+    *("model.w2v_path", "model.student_path", "model.latency_table", "task.teacher_path", "task.data"),
     *("checkpoint.finetune_from_model", "checkpoint.restore_file"),
 )
 _OWN_CHECKPOINT = "checkpoint_last.pt"  # looked for in the run's own folder

@@ -116,6 +116,7 @@ def _know_starts() -> None:
         _starting = filename == cfg.finetune_from_model or restored
         _require_start(self.cfg.model, filename)
         forget_last_run()
+        _check_sweep()
         try:
             return stock(self, filename, *values, **options)
         finally:
@@ -144,6 +145,27 @@ def forget_last_run() -> None:
     for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):
         for name in ("best", "num_runs"):
             vars(function).pop(name, None)
+
+
+_folders: set[str] = set()  # of the jobs of a sweep that ran in this process
+
+
+def require_own_folder(folder: str, folders: set[str]) -> None:
+    """Refuses a job of a sweep that would go on from the checkpoint of the one before, since both write to the same folder."""
+    if folder in folders:
+        raise ValueError(
+            f"two jobs of this sweep write to {folder}: hydra.sweep.subdir does not name what differs between them; pass e.g. "
+            "'hydra.sweep.subdir=${hydra.job.num}'"
+        )
+    folders.add(folder)
+
+
+def _check_sweep() -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        require_own_folder(str(HydraConfig.get().runtime.output_dir), _folders)
 
 
 def _know_eval_only() -> None:

@@ -78,6 +78,25 @@ def check_masks(model: Any, mask_student: bool, unmasked_target: str, unmasked_w
         )
 
 
+def check_without_heads(cfg: Any) -> None:
+    """Options of the distance between predictions and targets are refused where there are no predictions."""
+    defaults = {
+        "masked_weight": 1.0,
+        "unmasked_weight": 0.0,
+        "unmasked_target": "clean",
+        "target_norm": "none",
+        "layer_weights": "",
+    }
+    for name, default in defaults.items():
+        value = getattr(cfg, name)
+        value = getattr(value, "value", value)
+        if value != default:
+            raise ValueError(
+                f"`criterion.{name}` is about prediction heads, but is {value} where criterion.l1_weight, l2_weight and cosine_weight are "
+                f"all 0, so that there are none; leave it at {default!r}"
+            )
+
+
 def check_temporal_layers(model: Any, teacher: Teacher, pairs: Sequence[tuple[int, int]]) -> None:
     """Both sides have the layers whose frames are compared."""
     lacking = [student for student, _ in pairs if not 0 <= student <= model.config.num_layers]
@@ -144,6 +163,8 @@ def check_shared_extractor(model: Any, teachers: Sequence[Teacher]) -> None:
         wrong = f"there are {len(teachers)} teachers, which have one each"
     elif model.gates is not None and "conv" in model.gates.units:
         wrong = "model.prune_units has conv, so that the student's channels close; take it out"
+    elif model.gates is not None and "width" in model.gates.units and not model.config.project_features:
+        wrong = "model.prune_units has width, whose channels are those of the last convolution here; take it out"
     elif model.training_config.feature_grad_mult != 0:
         wrong = f"model.feature_grad_mult is {model.training_config.feature_grad_mult}, so that the student's would change; pass 0"
     elif not teachers[0].has_extractor_of(model):

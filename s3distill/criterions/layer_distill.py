@@ -20,6 +20,7 @@ from s3distill.criterions._distill_checks import (
     check_masks,
     check_shared_extractor,
     check_temporal_layers,
+    check_without_heads,
     target_of,
 )
 from s3distill.criterions._distill_terms import build_terms, parse_layer_weights
@@ -140,6 +141,8 @@ class LayerDistill(FairseqCriterion):
         """
         cfg = self.cfg
         check_heads(model, teachers, self.terms.hidden_states is not None, self.layer_weights)
+        if self.terms.hidden_states is None:
+            check_without_heads(cfg)
         check_masks(model, cfg.mask_student, str(cfg.unmasked_target), cfg.unmasked_weight)
         for teacher, pairs in zip(teachers, self._temporal_pairs(model), strict=True):
             check_frames(model, teacher, self.terms.temporal.active)
@@ -169,7 +172,10 @@ class LayerDistill(FairseqCriterion):
             start = min(model.initial_sparsity, target)
             target_sparsity = target_at(model.num_updates, target, self.cfg.sparsity_warmup, start)
         masked = self._draw_masks(model, sample) if self.cfg.mask_student else None
-        conv_features = model.extract(source, padding_mask) if model.cfg.shares_extractor else None
+        conv_features = None
+        if model.cfg.shares_extractor:  # in the teacher's precision, whatever the student's is
+            with kernels.without_autocast(source.device):
+                conv_features = model.extract(source, padding_mask)
         temporal_pairs = self._temporal_pairs(model)
         head_pairs = (
             [h.pairs for h in model.heads.by_teacher] if model.heads is not None else [()] * len(temporal_pairs)

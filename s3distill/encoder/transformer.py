@@ -283,6 +283,8 @@ class Transformer(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         if self.time_reduction is not None:
             x = self.time_reduction(x.transpose(1, 2)).transpose(1, 2)  # [B, T, C] -> [B, C, T] -> [B, T // r, C]
+            if kernels.is_autocast(x.device):
+                x = x.float()
             if width_gate is not None:
                 x = x * width_gate.to(x.dtype)
         attention_mask = attention_mask_from_padding(self.reduce_mask(padding_mask))

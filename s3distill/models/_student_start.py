@@ -29,6 +29,7 @@ def read_start(cfg: Any, defaults: Mapping[str, Any]) -> ParsedCheckpoint:
     _check_variants(cfg, path)
     start = _read(path, bool(cfg.normalize))
     if not cfg.init_layers:
+        _check_not_both(cfg, defaults, start.config, _LAYER_OPTIONS, path)
         return start
     start.extra_state = {name: v for name, v in start.extra_state.items() if not name.startswith("heads.")}
     if cfg.init_layers == NO_LAYERS:
@@ -68,6 +69,11 @@ _LAYER_OPTIONS: dict[str, Callable[[EncoderConfig], Any]] = {
     "encoder_ffn_embed_dim": lambda c: max((layer.ffn_dim for layer in c.layers), default=0),
     "encoder_attention_heads": lambda c: max((layer.num_heads for layer in c.layers), default=0),
     "layer_norm_first": lambda c: c.layer_norm_first,
+    "activation_fn": lambda c: c.activation,
+    "conv_pos": lambda c: c.pos_conv_kernel,
+    "conv_pos_groups": lambda c: c.pos_conv_groups,
+    "pos_conv_depth": lambda c: c.pos_conv_depth,
+    "relative_position_embedding": lambda c: c.position_buckets > 0,
 }
 
 
@@ -83,7 +89,7 @@ def _check_not_both(
         asked, default = (_read_option(name, given) for given in (getattr(cfg, name), defaults[name]))
         if asked not in (default, value(taken)):
             raise ValueError(
-                f"`model.{name}` is {getattr(cfg, name)}, but model.init_layers={cfg.init_layers} copies from {path}, where it is "
+                f"`model.{name}` is {getattr(cfg, name)}, but model.init_layers={cfg.init_layers} takes the shape of {path}, where it is "
                 f"{_shown(value(taken))}; leave it out, or give the student random weights (model.init_layers={NO_LAYERS}, or "
                 "model.student_path=null)"
             )

@@ -260,6 +260,11 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
                 "`model.prune_units` cannot gate a student that keeps its prediction heads (s3distill keep-heads); prune first, then keep "
                 "them"
             )
+        if self.heads is not None and config.time_reduction > 1 and "width" in cfg.prune_units:
+            raise ValueError(
+                "`model.prune_units` cannot have 'width' where prediction heads bring reduced frames back (model.time_reduction="
+                f"{config.time_reduction}): their transposed convolutions are of that width; take 'width' out"
+            )
         if cfg.prune_units:
             self.gates = GateSet(config, list(cfg.prune_units), init_drop=cfg.gate_init_drop)
             self.lagrangian = Lagrangian()

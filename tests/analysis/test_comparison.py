@@ -112,6 +112,20 @@ def test_the_last_training_of_a_chain_counts(tmp_path: Path, caplog: pytest.LogC
     assert other.wer == 50.0
 
 
+def test_a_folder_of_hugging_face_is_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "hubert").mkdir()
+    (tmp_path / "hubert/config.json").write_text("{}")
+    (run,) = find_runs([tmp_path / "hubert"])
+    assert (run.name, run.checkpoint, run.logs) == ("hubert", tmp_path / "hubert", ())
+
+
+def test_losses_of_different_students_are_not_drawn_on_one_axis(tmp_path: Path) -> None:
+    with_loss = [Point("a", 1, 1.0, wer=1.0, loss=5.0), Point("b", 2, 2.0, wer=2.0, loss=900.0)]
+    assert "distillation loss" not in write_comparison(tmp_path / "r.html", with_loss)[0].read_text()
+    sweep = [Point(p.name, p.params, p.macs_per_second, "sweep", wer=p.wer, loss=p.loss) for p in with_loss]
+    assert "Distillation loss" in write_comparison(tmp_path / "s.html", sweep)[0].read_text()
+
+
 def test_names(tmp_path: Path) -> None:
     checkpoint = write_student(tmp_path / "a=b.pt")
     assert [run.name for run in find_runs([checkpoint, f"other={checkpoint}"])] == ["a=b", "other"]

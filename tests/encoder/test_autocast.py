@@ -10,6 +10,7 @@ from s3distill.encoder.conv import masked_group_norm
 from s3distill.encoder.layers import LayerNorm
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.gates import GateSet
+from tests.encoder.variant_configs import VARIANTS
 
 
 def make_config(extractor_mode: str = "default", layer_norm_first: bool = False) -> EncoderConfig:
@@ -66,3 +67,12 @@ def test_gated_encoder_is_near_float32_and_its_residual_stream_float32(
         if a is not None:
             assert b.dtype == torch.float32
             assert float((a - b).norm()) <= 0.1 * float(a.norm()) + 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_the_residual_stream_of_every_variant_is_float32(name: str) -> None:
+    torch.manual_seed(0)
+    encoder = SpeechEncoder(VARIANTS[name]).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = encoder(torch.randn(1, 3000))
+    assert {state.dtype for state in out.hidden_states} == {torch.float32}

@@ -297,3 +297,22 @@ def test_frame_rates_that_do_not_meet(build: Callable[..., Training], options: l
     with pytest.raises(ValueError) as error:
         build(*HALF_RATE, "model.distill_layers='1:1,2:3'", *options)
     assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_options_of_heads_are_refused_without_any(build: Callable[..., Training]) -> None:
+    no_heads = ("criterion.l1_weight=0", "criterion.cosine_weight=0", "model.distill_layers=''")
+    temporal = ("criterion.temporal_layer_weight=1", "criterion.temporal_layers='1,3'")
+    build(*no_heads, *temporal)
+    for option in ("masked_weight=0.5", "target_norm=layer", "layer_weights='1,1'", "unmasked_weight=1"):
+        name = option.partition("=")[0]
+        with pytest.raises(
+            ValueError, match=rf"`criterion.{name}` is about prediction heads, but is .* there are none"
+        ):
+            build(*no_heads, *temporal, f"criterion.{option}")
+
+
+def test_shape_options_that_a_file_overrules_are_refused(build: Callable[..., Training]) -> None:
+    with pytest.raises(ValueError, match=r"`model.encoder_embed_dim` is 48, but .* takes the shape of"):
+        build("++model.encoder_embed_dim=48")
+    with pytest.raises(ValueError, match=r"`model.conv_pos` is 7, but .* takes the shape of"):
+        build("++model.conv_pos=7")
