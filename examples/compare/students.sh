@@ -1,5 +1,6 @@
-# Sourced by run.sh: the students of the comparison, scaled down to its teacher (6 layers of width 256) and to about 127 million
-# MACs per second of audio, which is what two layers of the teacher and its extractor cost. Everything else is the recipe's.
+# Sourced by run.sh: the students of the comparison, scaled down to its teacher (6 layers of width 256) and to 125 to 132 million
+# MACs per second of audio: two layers of the teacher and its extractor cost 127. Losses, heads and attention are the recipes';
+# run.sh gives all of them the same optimizer, batches and no dropout.
 
 ALL_STUDENTS="distilhubert three_layer_one twelve_layer_half fithubert lighthubert_small star_hubert armhubert_s albert windowed linformer separable dphubert"
 
@@ -30,7 +31,7 @@ shape_of() {
     armhubert_s) # every second layer reuses an attention map
         shape=("${random[@]}" "model.encoder_embed_dim=160" "model.encoder_ffn_embed_dim=544" "model.reuse_attention_layers=[1,3,5]"
             "model.conv_feature_layers='$THIN_EXTRACTOR'" "model.distill_layers=$every" "criterion.layer_weights=$tenths") ;;
-    albert) # two layers of the teacher's shape with one layer's parameters
+    albert) # two layers of the teacher's width with one layer's parameters
         shape=("${random[@]}" "model.encoder_layers=2" "model.encoder_attention_heads=8" "model.encoder_embed_dim=256"
             "model.encoder_ffn_embed_dim=1024" "model.distill_layers='1:3,2:6'") ;;
     windowed)
