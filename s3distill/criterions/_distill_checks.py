@@ -26,6 +26,12 @@ def check_heads(
         )
     for i, (heads, teacher) in enumerate(zip(by_teacher, teachers, strict=True)):
         teacher.check_layers([layer for _, layer in heads.pairs])
+        split = [f"{s}:{t}" for s, t in heads.config.pairs if s != t]
+        if heads.config.mode == "predlayer" and split:
+            raise ValueError(
+                "`model.distill_layers` names layers of the teacher where model.head_mode=predlayer, since all heads read the student's "
+                f"last layer, but has {', '.join(split)}; leave the student's layers out, or take head_mode=layer2layer"
+            )
         if heads.config.teacher_dim != teacher.config.embed_dim:
             option = "model.teacher_dim" if i == 0 else "model.extra_teacher_dims"
             raise ValueError(

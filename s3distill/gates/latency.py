@@ -142,7 +142,7 @@ class LatencyTable:
             raise ValueError(
                 f"the latency table was measured on an encoder of another shape than {name}: {shown} differ (width "
                 f"{own.embed_dim} and {own.num_layers} layers in the table, {other.embed_dim} and {other.num_layers} here); run "
-                f"`s3distill latency-table` on the checkpoint of {name}"
+                f"`s3distill latency-table` on a checkpoint of {name}, such as that of a run of one update without gates"
             )
 
     def _sum(self, counts: GateCounts) -> Tensor:

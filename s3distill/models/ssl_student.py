@@ -221,7 +221,7 @@ class SslStudentConfig(FairseqDataclass):
     reference_cost: float = field(
         default=0.0,
         metadata={
-            "help": "cost that sparsity is relative to; 0: the task's teacher's, else the student's own (latency: always its own)"
+            "help": "cost that sparsity is relative to; 0: the task's teacher's, else the student's own (of latency, that of the table)"
         },
     )
     normalize: bool = II("task.normalize")

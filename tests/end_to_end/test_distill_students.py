@@ -316,3 +316,10 @@ def test_shape_options_that_a_file_overrules_are_refused(build: Callable[..., Tr
         build("++model.encoder_embed_dim=48")
     with pytest.raises(ValueError, match=r"`model.conv_pos` is 7, but .* takes the shape of"):
         build("++model.conv_pos=7")
+
+
+def test_student_layers_mean_nothing_to_heads_on_the_last_layer(build: Callable[..., Training]) -> None:
+    with pytest.raises(
+        ValueError, match=r"`model.distill_layers` names layers of the teacher .* but has 1:2, 2:3; leave"
+    ):
+        build("model.head_mode=predlayer", "model.head_init=default", "model.distill_layers='1:2,2:3'")
