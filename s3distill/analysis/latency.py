@@ -68,6 +68,12 @@ def measure_latency(
             f"a latency table needs at least one round, one thread and one frame of audio ({config.receptive_field / SAMPLE_RATE:g} s), "
             f"but was asked for {repeats}, {num_threads} and {seconds:g} s"
         )
+    frames = int(config.num_frames(num_samples))
+    if config.attention == "linformer" and frames > config.linformer_max_frames:
+        raise ValueError(
+            f"`seconds` must be within the {config.linformer_max_frames} frames that this Linformer attends to, but {seconds:g} s are "
+            f"{frames} frames; time shorter audio"
+        )
     target = torch.device(device)
     points = list(_points(config, num_samples))
     for point in points:

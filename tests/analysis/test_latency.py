@@ -113,3 +113,11 @@ def test_on_a_gpu() -> None:
 def test_variants_that_a_table_has_no_parts_for(changes: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=f"no parts for encoders with {named}; aim at MACs instead"):
         measure_latency(dataclasses.replace(CONFIGS["post_ln"], **changes), seconds=1, repeats=1)
+
+
+def test_audio_that_a_linformer_cannot_attend_to() -> None:
+    config = dataclasses.replace(CONFIGS["post_ln"], attention="linformer", linformer_dim=2, linformer_max_frames=4)
+    with pytest.raises(
+        ValueError, match=r"`seconds` must be within the 4 frames .* but 1 s are 50 frames; time shorter"
+    ):
+        measure_latency(config, seconds=1, repeats=1)
