@@ -129,6 +129,31 @@ def test_other_data_types_of_fairseqs_checkpoints_load(state: dict, tmp_path: Pa
     assert stock["options"] == held["options"] and stock["scalar"] == 2.5
 
 
+class OlderMember:
+    """Pickles as a member of an enum does under Python before 3.11.4; or as another attribute of a class."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple:
+        return getattr, self.arguments
+
+
+def test_enums_of_older_pythons_load_and_no_other_attribute(state: dict, tmp_path: Path) -> None:
+    from fairseq.data.text_compressor import TextCompressionLevel
+
+    member = OlderMember(TextCompressionLevel, "high")
+    path = checkpoints.save({**state, "extra_state": {"enum": member}}, tmp_path / "a.pt")
+    assert compat.load_checkpoint(path)["extra_state"]["enum"] == TextCompressionLevel.high.value
+    assert LOADERS["stock"](path)["extra_state"]["enum"] is TextCompressionLevel.high
+    for arguments in ((TextCompressionLevel, "__subclasses__"), (collections.OrderedDict, "fromkeys")):
+        path = checkpoints.save({**state, "extra_state": {"enum": OlderMember(*arguments)}}, tmp_path / "b.pt")
+        with pytest.raises(ValueError, match=r"refused|cannot be read"):
+            LOADERS["stock"](path)
+    with pytest.raises(ValueError, match=r"refused|cannot be read"):
+        compat.load_checkpoint(path)
+
+
 def test_overrides_reach_both_styles(state: dict, tmp_path: Path) -> None:
     for style in ("dict", "args"):
         path = checkpoints.save(STYLES[style](state), tmp_path / f"{style}.pt")

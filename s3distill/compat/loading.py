@@ -93,6 +93,24 @@ class _StandIn:
             self.__dict__.update(state)
 
 
+def _enum_member(cls: Any, name: str) -> Any:
+    """What `getattr(cls, name)` may do in a pickle: name a member of an enum, as Python before 3.11.4 writes them.
+
+    Of a stand-in it gives the member's value where the enum is imported already, else its name.
+    """
+    if isinstance(cls, type) and issubclass(cls, enum.Enum) and name in cls.__members__:
+        return cls[name]
+    if isinstance(cls, type) and issubclass(cls, _StandIn):
+        found = getattr(sys.modules.get(cls.__module__), cls.__name__, None)
+        if isinstance(found, type) and issubclass(found, enum.Enum) and name in found.__members__:
+            return cls(found[name].value)
+        return cls(name)
+    raise pickle.UnpicklingError(f"GLOBAL getattr of {cls!r} is no member of an enum")
+
+
+_PLAIN_TYPES |= {"builtins.getattr": _enum_member, "__builtin__.getattr": _enum_member}
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a checkpoint into plain dicts, lists, strings, numbers and CPU tensors, without fairseq.
 
