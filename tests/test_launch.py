@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 import s3distill  # noqa: F401  registers the models
 from s3distill.cli.train import check_files, check_option_names
 from s3distill.compat import launch
-from s3distill.compat.repairs import forget_last_run, require_own_folder
+from s3distill.compat.starts import forget_last_run, require_own_folder
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "config" / "s3_router" / "base_1h.yaml"
@@ -175,8 +175,10 @@ def test_other_configurations_are_left_alone(name: str | None) -> None:
 
 
 def test_a_configuration_without_a_model_is_left_alone() -> None:
-    launch.leave_out_foreign_options(OmegaConf.create({"model": None}))
-    launch.leave_out_foreign_options(OmegaConf.create({}))
+    for values in ({"model": None}, {}):
+        cfg = OmegaConf.create(values)
+        launch.leave_out_foreign_options(cfg)
+        assert cfg == values
 
 
 @pytest.mark.parametrize("word", ["model.prune_rate=0.3", "+model.prune_rate=0.3", "++model.prune_rate=0.3"])
@@ -190,8 +192,10 @@ def test_an_option_that_was_typed_is_refused(typed: Callable[..., Any], word: st
 
 
 def test_typed_options_of_both_models_are_fine(typed: Callable[..., Any]) -> None:
+    cfg = recipe("wav2vec_ctc")
     with typed("model._name=wav2vec_ctc", "model.dropout=0.2", "optimization.max_update=3"):
-        launch.leave_out_foreign_options(recipe("wav2vec_ctc"))
+        launch.leave_out_foreign_options(cfg)
+    assert "dropout" in cfg.model and "prune_rate" not in cfg.model
 
 
 # ---------------------------------------------------------------- jobs of a sweep

@@ -5,7 +5,8 @@ Loading runs no code from a file. `load_checkpoint` needs no fairseq; `install` 
 """
 
 from s3distill.compat.loading import checkpoint_size, load_checkpoint, write_checkpoint
-from s3distill.compat.repairs import fairseq_usable, import_shells, install, starts_from_another_run
+from s3distill.compat.repairs import fairseq_usable, import_shells, install
+from s3distill.compat.starts import starts_from_another_run
 
 __all__ = [
     "checkpoint_size",

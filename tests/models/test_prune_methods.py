@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 import s3distill
 from s3distill import compat
-from s3distill.compat import repairs
+from s3distill.compat import starts
 from s3distill.encoder.checkpoint import parse_checkpoint
 from s3distill.masks.modules import Masked
 from s3distill.masks.selection import num_removed
@@ -73,7 +73,7 @@ def start(method: str, dense: Path, **options: Any) -> tuple[Wav2VecCtcSt, Any]:
     """A model that ``checkpoint.finetune_from_model`` was loaded into, as `Trainer.load_checkpoint` does it."""
     model, cfg = build(method, dense, **options)
     state = compat.load_checkpoint(dense)
-    with mock.patch.object(repairs, "_starting", True):
+    with mock.patch.object(starts, "_starting", True):
         model.set_num_updates(state["optimizer_history"][-1]["num_updates"])  # before the weights come
         model.load_state_dict(state["model"])
     return model, cfg
@@ -284,7 +284,7 @@ def test_a_start_with_masks_is_refused(dense: Path) -> None:
     other, _ = start("omp", dense)
     model, _ = build("parp", dense)
     with (
-        mock.patch.object(repairs, "_starting", True),
+        mock.patch.object(starts, "_starting", True),
         pytest.raises(ValueError, match=r"prune_method=parp starts from a dense model, but .* was fine-tuned with"),
     ):
         model.load_state_dict(other.state_dict())
