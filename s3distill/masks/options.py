@@ -100,14 +100,6 @@ class MaskOptions:
                 "`layerwise_prune_rate` and `fc_attn_prune_rate` both say how much of a layer is kept; leave one of them empty ([])"
             )
         others = self._masked_outside_layers()
-        if self.layerwise_prune_rate and set(others) - {
-            "post_extract_proj"
-        }:  # masked by default, and left whole as in S3-Router
-            named = [f"no_prune_{other}" for other in others if other != "post_extract_proj"]
-            raise ValueError(
-                f"`layerwise_prune_rate` leaves what is outside of the layers whole, but {', '.join(f'{n}=false' for n in named)} would "
-                f"mask it; set {', '.join(f'{n}=true' for n in named)}, or use prune_rate"
-            )
         if self.fc_attn_prune_rate and others:
             raise ValueError(
                 f"`fc_attn_prune_rate` says nothing about other modules, but {', '.join(others)} would be masked too; set "
@@ -127,6 +119,27 @@ class MaskOptions:
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` counts layers and must be at least 0, but is {getattr(self, name)}")
         self._check_method()
+
+    def check_start(self, num_layers: int) -> None:
+        """Refuses, where a training starts, what S3-Router would ignore; its own checkpoints may say it and load.
+
+        Args:
+            num_layers: Transformer layers of the encoder.
+        Raises:
+            ValueError: modules outside of the layers beside ``layerwise_prune_rate``, or a layer that is not there.
+        """
+        # the projection is masked by default, and left whole as in S3-Router
+        others = [f"no_prune_{name}" for name in self._masked_outside_layers() if name != "post_extract_proj"]
+        if self.layerwise_prune_rate and others:
+            raise ValueError(
+                f"`layerwise_prune_rate` leaves what is outside of the layers whole, but {', '.join(f'{n}=false' for n in others)} would "
+                f"mask it; set {', '.join(f'{n}=true' for n in others)}, or use prune_rate"
+            )
+        for name in ("fix_mask_before", "load_mask_before"):
+            if getattr(self, name) > num_layers:
+                raise ValueError(
+                    f"`{name}` names a layer and must be at most {num_layers}, the encoder's layers, but is {getattr(self, name)}"
+                )
 
     def _check_method(self) -> None:
         _require_choice("prune_method", self.prune_method, METHODS)
@@ -192,11 +205,6 @@ class MaskOptions:
                 f"`layerwise_prune_rate` must have one kept fraction for each of the {config.num_layers} encoder layers, but has "
                 f"{len(self.layerwise_prune_rate)}; [] means prune_rate everywhere"
             )
-        for name in ("fix_mask_before", "load_mask_before"):
-            if getattr(self, name) > config.num_layers:
-                raise ValueError(
-                    f"`{name}` names a layer and must be at most {config.num_layers}, the encoder's layers, but is {getattr(self, name)}"
-                )
         densities = dict(self._outside(config, in_front=True))
         for i, layer in enumerate(config.layers):
             prefix = f"{ENCODER}.encoder.layers.{i}"

@@ -168,9 +168,13 @@ class MaskedFairseqModel(BaseFairseqModel):
 
 def build_masked(cfg: Any, num_outputs: int, pool: bool = False) -> FineTunedEncoder:
     """Options, backbone, head, masks; what was read goes into ``cfg.w2v_args``, so that checkpoints rebuild alone."""
-    _check_without_effect(cfg)
+    rebuilds = cfg.w2v_args is not None  # from a checkpoint, which may have been trained with what is refused below
+    if not rebuilds:
+        _check_without_effect(cfg)
     options = MaskOptions.from_mapping(vars(cfg) if not hasattr(cfg, "items") else cfg)
     backbone = read_backbone(cfg)
+    if not rebuilds:
+        options.check_start(backbone.config.num_layers)
     network = FineTunedEncoder(cfg, backbone.config, num_outputs, extractor_learns(cfg, options), pool)
     if backbone.encoder_state is not None:
         network.w2v_model.load_encoder_state(backbone.encoder_state, str(cfg.w2v_path))

@@ -29,6 +29,8 @@ def read_start(cfg: Any, defaults: Mapping[str, Any]) -> ParsedCheckpoint:
     _check_variants(cfg, path)
     start = _read(path, bool(cfg.normalize))
     if not cfg.init_layers:
+        if start.model_name == "ssl_student":
+            return start  # an earlier stage of this student: the options are of the shape before it was cut
         _check_not_both(cfg, defaults, start.config, _LAYER_OPTIONS, path)
         return start
     start.extra_state = {name: v for name, v in start.extra_state.items() if not name.startswith("heads.")}
@@ -89,7 +91,7 @@ def _check_not_both(
         asked, default = (_read_option(name, given) for given in (getattr(cfg, name), defaults[name]))
         if asked not in (default, value(taken)):
             raise ValueError(
-                f"`model.{name}` is {getattr(cfg, name)}, but model.init_layers={cfg.init_layers} takes the shape of {path}, where it is "
+                f"`model.{name}` is {getattr(cfg, name)}, but model.init_layers={cfg.init_layers!r} takes the shape of {path}, where it is "
                 f"{_shown(value(taken))}; leave it out, or give the student random weights (model.init_layers={NO_LAYERS}, or "
                 "model.student_path=null)"
             )

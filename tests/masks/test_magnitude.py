@@ -491,8 +491,7 @@ def test_two_of_four(method: str) -> None:
 
 
 def test_densities_of_their_own_fall_on_one_schedule() -> None:
-    inside = {"no_prune_proj": True, "no_prune_extractor": True, "no_prune_pos": True}
-    network = make_network("imp", layerwise_prune_rate=(0.2, 0.6), **inside)
+    network = make_network("imp", layerwise_prune_rate=(0.2, 0.6))
     for update, share in ((0, 19 / 27), (2, 26 / 27), (4, 1.0)):
         network.prune(update)
         for layer, target in ((0, 0.2), (1, 0.6)):

@@ -120,7 +120,7 @@ def test_any_number_of_layers(num_layers: int) -> None:
 
 def test_a_density_per_layer() -> None:
     """Modules outside of the layers stay whole, as in S3-Router; a layer with 1 is not masked."""
-    found = masked(MaskOptions(layerwise_prune_rate=[0.9, 1.0, 0.3]))
+    found = masked(MaskOptions(layerwise_prune_rate=[0.9, 1.0, 0.3], no_prune_proj=False, no_prune_pos=False))
     assert found == dict.fromkeys(names(range(1), (*ATTENTION, *FFN)), 0.9) | dict.fromkeys(
         names(range(2, 3), (*ATTENTION, *FFN)), 0.3
     )
@@ -269,14 +269,6 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"mask_pattern": "2:4", "prune_rate": 0.9}, ["2:4", "exactly half", "`prune_rate` is 0.9", "0.5"]),
     ({"mask_pattern": "2:4", "layerwise_prune_rate": [0.5, 0.6]}, ["2:4", "`layerwise_prune_rate[1]` is 0.6"]),
     (outside(mask_pattern="2:4", fc_attn_prune_rate=[0.5, 0.6]), ["2:4", "`fc_attn_prune_rate[1]` is 0.6"]),
-    (
-        {"layerwise_prune_rate": [0.9] * 3, "no_prune_proj": False, "no_prune_pos": False},
-        [
-            "`layerwise_prune_rate`",
-            "no_prune_proj=false, no_prune_pos=false would mask",
-            "set no_prune_proj=true, no_prune_pos",
-        ],
-    ),
     ({"init_score_scale": float("inf")}, ["`init_score_scale`", "finite and not 0", "inf", "pass 1"]),
     ({"init_score_scale": float("nan")}, ["`init_score_scale`", "nan"]),
     ({"fix_mask_before": -1}, ["`fix_mask_before`", "counts layers", "at least 0", "-1"]),
@@ -301,11 +293,27 @@ def test_a_list_of_the_wrong_length(length: int) -> None:
 
 @pytest.mark.parametrize("name", ["fix_mask_before", "load_mask_before"])
 def test_a_layer_that_is_not_there(name: str) -> None:
-    MaskOptions(**{name: 3}).rules(config(3))
+    MaskOptions(**{name: 3}).check_start(3)
+    too_deep = MaskOptions(**{name: 4})
     with pytest.raises(
         ValueError, match=f"`{name}` names a layer and must be at most 3, the encoder's layers, but is 4"
     ):
-        MaskOptions(**{name: 4}).rules(config(3))
+        too_deep.check_start(3)
+    assert len(too_deep.rules(config(3))) == 19, "a checkpoint that was trained so still loads"
+
+
+def test_densities_per_layer_refuse_masks_outside_of_the_layers() -> None:
+    options = MaskOptions(layerwise_prune_rate=[0.9] * 3, no_prune_proj=False, no_prune_pos=False)
+    with pytest.raises(ValueError) as caught:
+        options.check_start(3)
+    parts = [
+        "`layerwise_prune_rate`",
+        "no_prune_proj=false, no_prune_pos=false would mask",
+        "set no_prune_proj=true, no_prune_pos",
+    ]
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    MaskOptions(layerwise_prune_rate=[0.9] * 3).check_start(3)
+    assert len(options.rules(config(3))) == 18, "they stay whole, as in S3-Router, whose checkpoints load"
 
 
 @pytest.mark.parametrize(
@@ -320,7 +328,8 @@ def test_a_layer_that_is_not_there(name: str) -> None:
     ],
 )
 def test_what_is_in_range_is_accepted(options: dict[str, Any]) -> None:
-    MaskOptions(**options)
+    made = MaskOptions(**options)
+    assert {name: getattr(made, name) for name in options} == options
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)

@@ -341,6 +341,8 @@ def test_another_normalisation(kind: str, normalize: bool, data: Path, backbones
         ({"prune_rate": 1.0}, "nothing would be trained: no module is masked"),
         ({"fix_mask": True}, "nothing would be trained: the scores of all"),
         ({"layerwise_prune_rate": [0.9, 0.9]}, "each of the 3 encoder layers, but has 2"),
+        ({"layerwise_prune_rate": [0.9] * 3, "no_prune_proj": False}, "leaves what is outside of the layers whole"),
+        ({"load_mask_before": 4}, "must be at most 3, the encoder's layers, but is 4"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], part: str, data: Path, backbones: Callable[[str], Path]) -> None:
@@ -349,7 +351,9 @@ def test_options_are_checked(options: dict[str, Any], part: str, data: Path, bac
 
 
 def test_eval_only_needs_nothing_that_learns(data: Path, backbones: Callable[[str], Path]) -> None:
-    build(whole_config(data, backbones("wav2vec2"), fix_mask=True, eval_only=True))
+    model = build(whole_config(data, backbones("wav2vec2"), fix_mask=True, eval_only=True))
+    scores = [parameter for name, parameter in model.named_parameters() if name.endswith(".scores")]
+    assert scores and not any(parameter.requires_grad for parameter in scores)
 
 
 def test_options_are_checked_before_the_backbone_is_read(data: Path, tmp_path: Path) -> None:
