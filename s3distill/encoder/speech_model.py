@@ -63,7 +63,7 @@ class SpeechModel(nn.Module):
         self.gates: GateSet | None = None
         gate_state = {k.partition("gates.")[2]: v for k, v in checkpoint.extra_state.items() if "gates." in k}
         if gate_state:
-            self.gates = GateSet(checkpoint.config, list(checkpoint.pretraining_options.get("prune_units") or []))
+            self.gates = GateSet(checkpoint.config, list(checkpoint.student_options.get("prune_units") or []))
             self.gates.load_state_dict(gate_state)
         self.symbols = checkpoint.symbols
         self.normalize = checkpoint.normalize
