@@ -83,7 +83,7 @@ def test_half_precision_gives_float32(path: Path) -> None:
 def test_a_pretrained_teacher_has_no_logits(tmp_path: Path) -> None:
     teacher = read(ctc_models.write_encoder(tmp_path / "pretrained.pt"))
     assert teacher.num_outputs == 0 and len(teacher.outputs(SOURCE, None, [2], False).hidden_states) == 1
-    with pytest.raises(ValueError, match="needs a teacher with a CTC head, but teacher pretrained.pt has none"):
+    with pytest.raises(ValueError, match=r"needs a teacher with a CTC head, but teacher pretrained\.pt has none"):
         teacher.outputs(SOURCE, None, [2], True)
 
 
