@@ -93,7 +93,8 @@ def build(
 ) -> tuple[Any, Any, Any]:
     """Task, model and criterion of a CTC distillation, as fairseq's command builds them."""
     task_cfg = _whole(AudioCtcDistillConfig, {"data": str(data), "labels": "ltr", **task_options}, "audio_ctc_distill")
-    common = {"normalize": bool(task_options.get("normalize", False)), "seed": 1, "max_update": 10, "data": str(data)}
+    common = {"normalize": bool(task_options.get("normalize", False)), "seed": 1, "max_update": 10}
+    common |= {"data": str(data), "ddp_backend": "legacy_ddp"}
     model_cfg = _whole(Wav2VecCtcStudentConfig, {**common, **(model or {})}, "wav2vec_ctc_student")
     values = {"sentence_avg": False, "zero_infinity": True, **(criterion or {})}
     criterion_cfg = _whole(CtcDistillConfig, values, "ctc_distill")
