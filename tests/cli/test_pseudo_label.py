@@ -40,6 +40,7 @@ def write_teacher(path: Path, symbols: list[str] | None, head: bool = True) -> P
     state = {f"w2v_encoder.w2v_model.{k}": v for k, v in encoder.state_dict().items()}
     bias = torch.zeros(8)
     bias[1:4] = -50.0  # special symbols are never spoken
+    bias[7] = -1.0  # C now and then
     if head:
         state |= {"w2v_encoder.proj.weight": torch.randn(8, 16), "w2v_encoder.proj.bias": bias}
     options = {"_name": "wav2vec_ctc", "w2v_args": {"model": {"_name": "wav2vec2", **OPTIONS}, "task": {}}}
