@@ -2,6 +2,7 @@
 
 from s3distill.losses.distillation import DistillationLoss, DistillationTerms, TeacherStates, distillation_loss
 from s3distill.losses.hidden_state import COSINES, HiddenStateLoss, LossWeights, hidden_state_loss
+from s3distill.losses.logits import BLANK_FRAMES, LogitLoss, LogitTerms, logit_distillation
 from s3distill.losses.masked import FrameWeights, MaskedLoss, masked_hidden_state_loss
 from s3distill.losses.target_norm import TARGET_NORMS, normalize_target
 from s3distill.losses.temporal_relation import (
@@ -13,6 +14,7 @@ from s3distill.losses.temporal_relation import (
 from s3distill.losses.utterance_labels import LabelLoss, label_loss
 
 __all__ = [
+    "BLANK_FRAMES",
     "COSINES",
     "TARGET_NORMS",
     "TEMPORAL_NORMS",
@@ -21,6 +23,8 @@ __all__ = [
     "FrameWeights",
     "HiddenStateLoss",
     "LabelLoss",
+    "LogitLoss",
+    "LogitTerms",
     "LossWeights",
     "MaskedLoss",
     "TeacherStates",
@@ -29,6 +33,7 @@ __all__ = [
     "distillation_loss",
     "hidden_state_loss",
     "label_loss",
+    "logit_distillation",
     "masked_hidden_state_loss",
     "normalize_target",
     "temporal_relation_loss",
