@@ -16,6 +16,13 @@ from s3distill import kernels
 from s3distill.criterions._ctc_checks import check_ctc_distillation, check_ctc_options, check_student
 from s3distill.criterions._distill_options import HiddenStateOptions, SizeOptions
 from s3distill.criterions._distill_terms import parse_layer_weights, require_finite
+from s3distill.criterions._sequence_terms import (
+    SEQUENCE_SUMS,
+    SequenceOptions,
+    check_sequence_options,
+    label_term,
+    log_sequence_term,
+)
 from s3distill.criterions._size import check_size_options, size_log, target_at_update
 from s3distill.encoder.ctc_teacher import CtcTeacher, TeacherOutput
 from s3distill.encoder.symbols import SymbolMap
@@ -34,12 +41,12 @@ logger = logging.getLogger(__name__)
 
 # what fairseq's `ctc` counts in validation
 _COUNTERS = ("w_errors", "wv_errors", "w_total", "c_errors", "c_total")
-_SUMS = ("ntokens", "nsentences", "sample_size", "ctc_sum", "ctc_tokens", *_COUNTERS)
+_SUMS = ("ntokens", "nsentences", "sample_size", "ctc_sum", "ctc_tokens", *SEQUENCE_SUMS, *_COUNTERS)
 
 
 @dataclass
-class CtcDistillConfig(HiddenStateOptions, SizeOptions, CtcCriterionConfig):
-    """Options of `ctc_distill`: fairseq's of `ctc`, those of hidden states and of size, and of the teacher's logits."""
+class CtcDistillConfig(SequenceOptions, HiddenStateOptions, SizeOptions, CtcCriterionConfig):
+    """Options of `ctc_distill`: fairseq's of `ctc`, those of hidden states, size and n-best lists, and of the teacher's logits."""
 
     alpha: float = field(
         default=0.5,
@@ -70,6 +77,7 @@ class CtcDistill(CtcCriterion):
     CTC is the negative log-likelihood per label of the batch, KL and hidden are means over its valid frames (see
     `logit_distillation`, `distillation_loss`). ``sample_size`` is the number of valid frames: across micro-batches and ranks
     KL and hidden are means over all frames, and CTC is a mean over batches, weighted by the frames of their labelled utterances.
+    With ``seq_kd`` the teacher's n-best hypotheses take the place of the labels (see `label_term`).
     """
 
     def __init__(self, cfg: CtcDistillConfig, task: Any) -> None:
@@ -77,6 +85,7 @@ class CtcDistill(CtcCriterion):
         self.cfg = cfg
         check_ctc_options(cfg)
         check_size_options(cfg)
+        check_sequence_options(cfg, bool(getattr(task.cfg, "nbest", False)))
         self.logit_terms = LogitTerms(cfg.temperature, str(cfg.blank_frames), cfg.blank_threshold)
         weights = LossWeights(cfg.l1_weight, cfg.l2_weight, cfg.cosine_weight, str(cfg.cosine_type))
         self.hidden_terms = DistillationTerms(weights, target_norm=str(cfg.target_norm))
@@ -141,7 +150,11 @@ class CtcDistill(CtcCriterion):
         if cfg.alpha > 0 or not model.training:  # validation counts errors whatever the loss is
             ctc, log = self._ctc(logits, out["padding_mask"], sample, model.training)
             if cfg.alpha > 0:
-                loss = loss + cfg.alpha * ctc / max(log["ctc_tokens"], 1) * num_frames
+                labels, parts = label_term(
+                    cfg, ctc / max(log["ctc_tokens"], 1), logits, out["padding_mask"], sample, self.blank_idx
+                )
+                loss = loss + cfg.alpha * labels * num_frames
+                log |= parts
         if cfg.alpha < 1:
             assert heard is not None
             assert heard.logits is not None
@@ -195,6 +208,7 @@ class CtcDistill(CtcCriterion):
         CtcCriterion.reduce_metrics([stock | {n: total.get(n, 0) for n in ("nsentences", *_COUNTERS)}])
         if total.get("ctc_tokens"):
             metrics.log_scalar("loss_ctc", total["ctc_sum"] / total["ctc_tokens"], total["ctc_tokens"], round=5)
+        log_sequence_term(total)
         for name in sorted(set(total) - {"loss", *_SUMS}):
             value = total[name] / frames
             metrics.log_scalar(name.removeprefix("size_"), value, frames, round=5 if math.isfinite(value) else None)

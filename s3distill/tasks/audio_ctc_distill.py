@@ -8,7 +8,7 @@ from typing import Any, List, Optional
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
-from omegaconf import open_dict
+from omegaconf import II, open_dict
 
 from s3distill import compat
 from s3distill.data.manifest import read_dictionary
@@ -20,6 +20,7 @@ from s3distill.encoder.teacher import DTYPES
 from s3distill.masks.state import baked
 from s3distill.models._student_parts import FILLED
 from s3distill.tasks._diverged import require_finite_parameters
+from s3distill.tasks._nbest import with_nbest
 from s3distill.tasks.audio_ctc import AudioCtcConfig, AudioCtcTask
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,13 @@ class AudioCtcDistillConfig(AudioCtcConfig):
             "probability of the others is dropped and the rest renormalised"
         },
     )
+    nbest: bool = field(
+        default=False,
+        metadata={
+            "help": "read SPLIT.nbest.jsonl of the training split, as `s3distill pseudo-label --nbest K` writes it, for criterion.seq_kd"
+        },
+    )
+    train_subset: str = II("dataset.train_subset")
 
 
 @register_task("audio_ctc_distill", dataclass=AudioCtcDistillConfig)
@@ -130,6 +138,12 @@ class AudioCtcDistillTask(AudioCtcTask):
         if self._model is not None and hasattr(criterion, "check_model"):  # fairseq builds the model first
             criterion.check_model(self._model, self.teachers)
         return criterion
+
+    def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
+        super().load_dataset(split, task_cfg, **kwargs)
+        if self.cfg.nbest and split in str(self.cfg.train_subset).split(","):
+            manifest = Path(self.cfg.data) / f"{split}.tsv"
+            self.datasets[split] = with_nbest(self.datasets[split], manifest, self.target_dictionary)
 
     def state_dict(self) -> dict[str, Any]:
         """fairseq asks for it when it saves: a student that diverged is not written over a good one."""
