@@ -1,8 +1,10 @@
 """Losses on tensors; every one counts valid frames, or utterances, only."""
 
+from s3distill.losses.confidence import RelativeThreshold, check_threshold, confident_frames, utterance_confidence
 from s3distill.losses.distillation import DistillationLoss, DistillationTerms, TeacherStates, distillation_loss
 from s3distill.losses.hidden_state import COSINES, HiddenStateLoss, LossWeights, hidden_state_loss
 from s3distill.losses.masked import FrameWeights, MaskedLoss, masked_hidden_state_loss
+from s3distill.losses.mixup import draw_mixup_coefficients, mix_waveforms
 from s3distill.losses.target_norm import TARGET_NORMS, normalize_target
 from s3distill.losses.temporal_relation import (
     TEMPORAL_NORMS,
@@ -23,13 +25,19 @@ __all__ = [
     "LabelLoss",
     "LossWeights",
     "MaskedLoss",
+    "RelativeThreshold",
     "TeacherStates",
     "TemporalRelationLoss",
     "TemporalWeights",
+    "check_threshold",
+    "confident_frames",
     "distillation_loss",
+    "draw_mixup_coefficients",
     "hidden_state_loss",
     "label_loss",
     "masked_hidden_state_loss",
+    "mix_waveforms",
     "normalize_target",
     "temporal_relation_loss",
+    "utterance_confidence",
 ]
