@@ -31,6 +31,7 @@ COMMANDS = {
         "s3distill.cli.convert",
         "Hugging Face folders and WavLM files to fairseq checkpoints, students to folders",
     ),
+    "fisher": ("s3distill.cli.fisher", "which weights a recogniser needs, for learning without forgetting"),
     "masks": ("s3distill.cli.masks", "banks of masks: one backbone for many languages"),
     "quickstart": ("s3distill.cli.quickstart", "the whole chain on demo speech, with a report"),
 }
