@@ -174,7 +174,7 @@ def combine_fishers(parts: Sequence[Fisher], sources: Sequence[str]) -> Fisher:
         if part.fingerprint() != first.fingerprint():
             raise ValueError(
                 f"what is combined must be of one model, but {source} is of another than {sources[0]}; to hold what two models learned, "
-                "pass both files to criterion.ewc_path"
+                "pass both files to criterion.ewc_paths"
             )
         if part.targets != first.targets:
             raise ValueError(

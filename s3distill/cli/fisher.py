@@ -1,4 +1,4 @@
-"""`s3distill fisher CKPT MANIFEST`: how much a recogniser needs each of its weights, for criterion.ewc_path."""
+"""`s3distill fisher CKPT MANIFEST`: how much a recogniser needs each of its weights, for criterion.ewc_paths."""
 
 from __future__ import annotations
 

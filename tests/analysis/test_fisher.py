@@ -124,7 +124,7 @@ def test_combined_is_the_union(tmp_path: Path, corpus: Path) -> None:
 
 def test_what_cannot_be_combined(tmp_path: Path, corpus: Path) -> None:
     parts = [estimate(one_model(tmp_path, seed), corpus, max_utterances=1) for seed in (0, 1)]
-    with pytest.raises(ValueError, match=r"must be of one model, but b is of another than a; .*criterion.ewc_path"):
+    with pytest.raises(ValueError, match=r"must be of one model, but b is of another than a; .*criterion.ewc_paths"):
         combine_fishers(parts, ["a", "b"])
     sampled = estimate(one_model(tmp_path), corpus, labels=None, max_utterances=1)
     with pytest.raises(ValueError, match="one kind of transcripts, but b is of sampled, a of labels"):
