@@ -4,6 +4,7 @@ from s3distill.losses.confidence import RelativeThreshold, check_threshold, conf
 from s3distill.losses.distillation import DistillationLoss, DistillationTerms, TeacherStates, distillation_loss
 from s3distill.losses.ewc import check_fisher_fits, ewc_penalty
 from s3distill.losses.hidden_state import COSINES, HiddenStateLoss, LossWeights, hidden_state_loss
+from s3distill.losses.logits import BLANK_FRAMES, LogitLoss, LogitTerms, logit_distillation
 from s3distill.losses.masked import FrameWeights, MaskedLoss, masked_hidden_state_loss
 from s3distill.losses.mixup import draw_mixup_coefficients, mix_waveforms
 from s3distill.losses.target_norm import TARGET_NORMS, normalize_target
@@ -17,6 +18,7 @@ from s3distill.losses.temporal_relation import (
 from s3distill.losses.utterance_labels import LabelLoss, label_loss
 
 __all__ = [
+    "BLANK_FRAMES",
     "COSINES",
     "TARGET_NORMS",
     "TEMPORAL_NORMS",
@@ -25,6 +27,8 @@ __all__ = [
     "FrameWeights",
     "HiddenStateLoss",
     "LabelLoss",
+    "LogitLoss",
+    "LogitTerms",
     "LossWeights",
     "MaskedLoss",
     "RelativeThreshold",
@@ -40,6 +44,7 @@ __all__ = [
     "ewc_penalty",
     "hidden_state_loss",
     "label_loss",
+    "logit_distillation",
     "masked_hidden_state_loss",
     "mix_waveforms",
     "normalize_target",
