@@ -67,19 +67,19 @@ class Forgetting(nn.Module):
     Args:
         cfg: `ForgettingOptions`.
         symbols: dictionary of the new task.
-        normalize: whether the new task's waveforms are normalised.
-        dtype: precision of the frozen models.
+        task_cfg: its other options, of which ``normalize`` and the teacher's precision count.
     Raises:
         FileNotFoundError, ValueError: an option is out of range, or a file is none of its kind.
     """
 
-    def __init__(self, cfg: Any, symbols: Sequence[str], normalize: bool, dtype: str) -> None:
+    def __init__(self, cfg: Any, symbols: Sequence[str], task_cfg: Any) -> None:
         super().__init__()
         _check_options(cfg)
         self.ewc_lambda, self.tac_gamma, self.holds_head = cfg.ewc_lambda, cfg.tac_gamma, cfg.ewc_head
         self.fishers = [_read_fisher(path, symbols, cfg.ewc_head) for path in cfg.ewc_paths]
         self.sources = list(cfg.ewc_paths)
-        old = [_read_old_model(path, normalize, dtype) for path in cfg.old_model_paths]
+        dtype = str(getattr(task_cfg, "teacher_dtype", "float32"))
+        old = [_read_old_model(path, bool(task_cfg.normalize), dtype) for path in cfg.old_model_paths]
         self.old_models = [model for model, _ in old]
         heads = [head for _, head in old]
         self.frozen_heads = [head.requires_grad_(False) for head in heads] if str(cfg.old_heads) == "frozen" else []

@@ -25,21 +25,8 @@ from s3distill.analysis.fisher import (
     parameter_names,
 )
 from s3distill.analysis.fisher_file import read_fisher, write_fisher
-from s3distill.data.manifest import write_manifest
+from tests.data.ctc_corpus import SHAPE, TEXTS, write_corpus
 from tests.encoder import checkpoints
-
-TEXTS = ["A T E", "T T | O", "E", "O A |"]
-SAMPLES = [4000, 5200, 3100, 4700]
-SHAPE = {**checkpoints.SMALL, "encoder_layers": 2}
-
-
-def write_corpus(folder: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    for i, length in enumerate(SAMPLES):
-        soundfile.write(folder / f"{i}.flac", (0.2 * torch.randn(length, generator=generator)).numpy(), 16000)
-    write_manifest(folder / "train.tsv", ".", [(f"{i}.flac", length) for i, length in enumerate(SAMPLES)])
-    (folder / "train.ltr").write_text("".join(f"{text}\n" for text in TEXTS))
-    return folder / "train.tsv"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ pytest.importorskip("fairseq")
 
 from s3distill.analysis.fisher_file import read_fisher
 from s3distill.cli.main import main
-from tests.analysis.test_fisher import SHAPE, write_corpus
+from tests.data.ctc_corpus import SHAPE, write_corpus
 from tests.encoder import checkpoints
 
 
