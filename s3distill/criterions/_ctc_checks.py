@@ -26,6 +26,15 @@ def check_ctc_options(cfg: Any) -> None:
         )
 
 
+def check_unlabelled(cfg: Any, subset: Optional[str]) -> None:
+    """Audio without labels learns from the teacher, or from nothing (`ValueError`)."""
+    if subset and cfg.alpha == 1 and cfg.hidden_weight == 0:
+        raise ValueError(
+            f"the utterances of task.unlabelled_subset={subset} learn from the teacher alone, but criterion.alpha=1 and hidden_weight=0 "
+            "leave it out; pass a smaller criterion.alpha, or leave the subset out"
+        )
+
+
 def check_student(model: Any) -> None:
     """A model without heads and gates has another criterion."""
     if not isinstance(model, StudentParts) or not hasattr(model, "get_normalized_probs"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s3distill import compat, kernels
 from s3distill.criterions._confidence import ConfidenceOptions, confidence_of
-from s3distill.criterions._ctc_checks import check_ctc_distillation, check_ctc_options, check_student
+from s3distill.criterions._ctc_checks import check_ctc_distillation, check_ctc_options, check_student, check_unlabelled
 from s3distill.criterions._ctc_labels import GivenLogits, Labelled, labelled_part, num_valid
 from s3distill.criterions._distill_options import HiddenStateOptions, SizeOptions
 from s3distill.criterions._distill_terms import parse_layer_weights, require_finite
@@ -100,6 +100,7 @@ class CtcDistill(CtcCriterion):
         self.layer_weights = parse_layer_weights(cfg.layer_weights) if cfg.layer_weights else None
         self.symbols: Optional[SymbolMap] = None
         check_matching_options(cfg, cfg.alpha)
+        check_unlabelled(cfg, getattr(task.cfg, "unlabelled_subset", None))
         self.confidence = confidence_of(cfg, cfg.alpha)
         forgetting = Forgetting(cfg, task.target_dictionary.symbols, task.cfg)
         self.forgetting = forgetting if forgetting.active else None
