@@ -27,10 +27,13 @@ COMMANDS = {
         "s3distill.cli.latency_table",
         "time the parts of an encoder here, for model.prune_measure=latency",
     ),
+    "pseudo-label": ("s3distill.cli.pseudo_label", "transcribe audio with a teacher, and filter what it wrote"),
     "convert": (
         "s3distill.cli.convert",
         "Hugging Face folders and WavLM files to fairseq checkpoints, students to folders",
     ),
+    "fisher": ("s3distill.cli.fisher", "which weights a recogniser needs, for learning without forgetting"),
+    "old-head": ("s3distill.cli.old_head", "a later run's encoder with the head of an old task"),
     "masks": ("s3distill.cli.masks", "banks of masks: one backbone for many languages"),
     "quickstart": ("s3distill.cli.quickstart", "the whole chain on demo speech, with a report"),
 }
