@@ -13,7 +13,13 @@ from torch import Tensor
 
 from s3distill import compat, kernels
 from s3distill.criterions._confidence import ConfidenceOptions, confidence_of
-from s3distill.criterions._ctc_checks import check_ctc_distillation, check_ctc_options, check_student, check_unlabelled
+from s3distill.criterions._ctc_checks import (
+    check_ctc_distillation,
+    check_ctc_options,
+    check_options_act,
+    check_student,
+    check_unlabelled,
+)
 from s3distill.criterions._ctc_labels import GivenLogits, Labelled, labelled_part, num_valid
 from s3distill.criterions._distill_options import HiddenStateOptions, SizeOptions
 from s3distill.criterions._distill_terms import parse_layer_weights, require_finite
@@ -92,6 +98,7 @@ class CtcDistill(CtcCriterion):
         super().__init__(cfg, task)
         self.cfg = cfg
         check_ctc_options(cfg)
+        check_options_act(cfg, CtcDistillConfig)
         check_size_options(cfg)
         check_sequence_options(cfg, bool(getattr(task.cfg, "nbest", False)))
         self.logit_terms = LogitTerms(cfg.temperature, str(cfg.blank_frames), cfg.blank_threshold)

@@ -202,6 +202,11 @@ _NOT_LISTED = {
     "adam": "use_old_adam fp16_adam_stats",
     "polynomial_decay": "force_anneal",
 }
+_NOT_LISTED |= {
+    "audio_ctc_distill": _NOT_LISTED["audio_ctc"],
+    "wav2vec_ctc_student": f"extra_teacher_dims latency head_hidden_dim {_FINE_TUNING}",
+    "ctc_distill": _NOT_LISTED["ctc"],
+}
 
 
 @pytest.mark.parametrize("recipe", FOR_REAL_DATA, ids=name_of)
