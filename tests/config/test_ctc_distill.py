@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,12 @@ def test_it_trains(name: str, server: Server, paths: dict[str, Path], tmp_path: 
     weighed = {"loss_ctc", "loss_logits", "loss_hidden", "penalty"}
     assert terms <= set(lines[-1]) and weighed & set(lines[-1]) == weighed & terms
     assert '"valid_wer"' in output and (tmp_path / "checkpoints" / "checkpoint_last.pt").is_file()
+
+
+def test_the_example_says_how_it_is_used() -> None:
+    script = Path(__file__).parents[2] / "examples" / "ctc_distill" / "run.sh"
+    usage = subprocess.run([script, "--help"], capture_output=True, text=True)
+    assert usage.returncode == 2 and "usage: [OPTION=...] examples/ctc_distill/run.sh" in usage.stderr
+    readme, text = script.with_name("README.md").read_text(), script.read_text()
+    rows = re.search(r'ALL_ROWS="(.*)"', text)[1].split()  # type: ignore[index]
+    assert all(f"| `{row}` |" in readme and f"    {row}) " in text for row in rows) and len(rows) == 12
