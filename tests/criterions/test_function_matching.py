@@ -190,6 +190,29 @@ def test_a_relative_threshold_follows_labelled_utterances_and_is_saved(
     again.load_state_dict(None)  # of a run that had no such threshold
 
 
+def test_the_threshold_is_that_of_all_ranks(
+    folder: Path, teacher: str, encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank's sums (5 frames of posterior 0.5, here) count as if its utterances were in the batch."""
+    options = {"alpha": 0.0, "confidence": "frames", "confidence_relative": True}
+    sample, means = ctc_models.batch(LENGTHS, LABELS), []
+    for others in (torch.zeros(2), torch.tensor([2.5, 5.0])):
+        _, model, criterion = build(folder, teacher, {"w2v_path": encoder}, options)
+        sums: list[torch.Tensor] = []
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(
+            torch.distributed,
+            "all_reduce",
+            lambda x, others=others, sums=sums: sums.append(x.clone()) or x.add_(others),
+        )
+        criterion(model, sample)
+        monkeypatch.undo()
+        own = sums[0]
+        assert float(criterion.confidence.relative.mean) == pytest.approx(float((own + others)[0] / (own + others)[1]))
+        means.append(float(criterion.confidence.relative.mean))
+    assert means[0] != means[1]
+
+
 @pytest.mark.parametrize(
     ("model", "criterion", "message"),
     [

@@ -182,3 +182,14 @@ def test_gates_are_not_baked(joint: tuple[Path, str], kit: Any, tmp_path: Path) 
         "s3distill", "masks", "bake", joint[0] / "checkpoints" / "checkpoint_last.pt", tmp_path / "x.pt"
     )
     assert failed.status != 0 and "s3distill prune" in failed.output and not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_save_the_threshold(kit: Any, data: Path, ctc_teacher: Path, tmp_path: Path) -> None:
+    """A criterion with a parameter that does not learn is wrapped by fairseq's DDP, too."""
+    options = MATCHING | {"dataset.batch_size": "4", "++criterion.mixup_alpha": "0.0", "++criterion.mixup_prob": "1.0"}
+    for each in kit.start_ranks(command(data, ctc_teacher, tmp_path, options, 2)):
+        each.succeeded()
+    state = last(tmp_path)
+    assert state["criterion"]["confidence.relative.num_updates"] == 2
+    assert 0 < state["criterion"]["confidence.relative.mean"] < 1
