@@ -1,11 +1,9 @@
 """`ctc_distill`: CTC, the logits and the hidden states of a fine-tuned teacher, and the size constraint, in one loss."""
 
 # no `from __future__ import annotations`: fairseq reads the types of config fields
-import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Sequence, Tuple
 
-from fairseq import metrics, utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.ctc import CtcCriterion, CtcCriterionConfig
 from fairseq.dataclass import ChoiceEnum
@@ -21,17 +19,16 @@ from s3distill.criterions._ctc_checks import (
     check_unlabelled,
 )
 from s3distill.criterions._ctc_labels import GivenLogits, Labelled, labelled_part, num_valid
+from s3distill.criterions._ctc_metrics import COUNTERS, log_ctc_metrics
 from s3distill.criterions._distill_options import HiddenStateOptions, SizeOptions
 from s3distill.criterions._distill_terms import parse_layer_weights, require_finite
 from s3distill.criterions._forgetting import Forgetting, ForgettingOptions
 from s3distill.criterions._hidden_term import hidden_term, teacher_layers
 from s3distill.criterions._matching import MatchingOptions, View, check_matching_options, check_shared_masks, view_of
 from s3distill.criterions._sequence_terms import (
-    SEQUENCE_SUMS,
     SequenceOptions,
     check_sequence_options,
     label_term,
-    log_sequence_term,
 )
 from s3distill.criterions._size import check_size_options, size_log, target_at_update
 from s3distill.encoder.ctc_teacher import CtcTeacher, TeacherOutput
@@ -44,10 +41,6 @@ from s3distill.losses import (
     logit_distillation,
 )
 from s3distill.losses.precision import at_least_float32
-
-# what fairseq's `ctc` counts in validation
-_COUNTERS = ("w_errors", "wv_errors", "w_total", "c_errors", "c_total")
-_SUMS = ("ntokens", "nsentences", "sample_size", "ctc_sum", "ctc_tokens", *SEQUENCE_SUMS, *_COUNTERS)
 
 
 @dataclass
@@ -220,7 +213,7 @@ class CtcDistill(CtcCriterion):
     def _labels(self, part: Labelled, training: bool) -> Tuple[Tensor, Dict[str, Any]]:
         """The loss per label by fairseq's `ctc`, or of n-best lists, and what to log."""
         ctc, _, log = super().forward(GivenLogits(part, training), part.sample)
-        found = {name: log[name] for name in _COUNTERS if name in log}
+        found = {name: log[name] for name in COUNTERS if name in log}
         found |= {"ctc_sum": ctc.detach(), "ctc_tokens": log["ntokens"]}
         labels, parts = label_term(
             self.cfg, ctc / max(log["ntokens"], 1), part.logits, part.padding_mask, part.sample, self.blank_idx
@@ -249,18 +242,4 @@ class CtcDistill(CtcCriterion):
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: Any) -> None:
-        total = {name: utils.item(sum(log.get(name, 0) for log in logging_outputs)) for name in _names(logging_outputs)}
-        frames = max(total["sample_size"], 1)
-        # fairseq's own prints losses in bits; here all are in nats, as those of `layer_distill`
-        stock = {"loss": total["loss"] * math.log(2), "ntokens": frames, "sample_size": frames}
-        CtcCriterion.reduce_metrics([stock | {n: total.get(n, 0) for n in ("nsentences", *_COUNTERS)}])
-        if total.get("ctc_tokens"):
-            metrics.log_scalar("loss_ctc", total["ctc_sum"] / total["ctc_tokens"], total["ctc_tokens"], round=5)
-        log_sequence_term(total)
-        for name in sorted(set(total) - {"loss", *_SUMS}):
-            value = total[name] / frames
-            metrics.log_scalar(name.removeprefix("size_"), value, frames, round=5 if math.isfinite(value) else None)
-
-
-def _names(logging_outputs: Any) -> set[str]:
-    return {name for log in logging_outputs for name in log} | {"loss", "sample_size"}
+        log_ctc_metrics(logging_outputs)
