@@ -66,6 +66,8 @@ class LmOptions:
             raise ValueError(
                 f"`lm_weight` is {self.lm_weight}, but there is no `ngram_lm` to weigh; pass one, or lm_weight 0"
             )
+        if self.lexicon is None and self.word_score:
+            raise ValueError(f"`word_score` is {self.word_score}, but words are a lexicon's; pass one, or word_score 0")
 
 
 class LexiconLmSearch:
@@ -172,7 +174,8 @@ class LexiconLmSearch:
         )
         if self._words is None:
             settings = kit.LexiconFreeDecoderOptions(**shared, sil_score=0.0)
-            return kit.LexiconFreeDecoder(settings, self._model, self._silence, self.blank, [])
+            # the search takes silence as said before the first frame, so that a | there would not count for the language model
+            return kit.LexiconFreeDecoder(settings, self._model, self.blank, self.blank, [])
         settings = kit.LexiconDecoderOptions(
             **shared, word_score=options.word_score, unk_score=-math.inf, sil_score=0.0
         )
