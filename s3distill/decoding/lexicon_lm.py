@@ -141,15 +141,25 @@ class LexiconLmSearch:
         results: dict[tuple[tuple[int, ...], tuple[str, ...] | None], _Result] = {}
         for result in self._decoder.decode(emissions.data_ptr(), *emissions.shape):
             # one token stands in front of the first frame, one behind the last
-            path = itertools.groupby(result.tokens[1:-1])
-            tokens = tuple(symbol for symbol, _ in path if symbol != self.blank)
-            words = tuple(self._words[i] for i in result.words if i >= 0) if self._words is not None else None
+            path, word_ends = result.tokens[1:-1], result.words[1:-1]
+            words = None
+            if self._words is not None:
+                path = self._without_unfinished(path, word_ends)
+                words = tuple(self._words[i] for i in word_ends if i >= 0)
+            tokens = tuple(symbol for symbol, _ in itertools.groupby(path) if symbol != self.blank)
             key = (tokens, words)
             if math.isfinite(result.score) and key not in results:
                 results[key] = _Result(torch.tensor(tokens, dtype=torch.int64), result.score, words)
             if len(results) == nbest:
                 break
         return list(results.values())
+
+    def _without_unfinished(self, path: list[int], word_ends: list[int]) -> list[int]:
+        """A path without the letters of a word that the utterance broke off, or the search had to."""
+        behind = 1 + max((frame for frame, word in enumerate(word_ends) if word >= 0), default=-1)
+        last = path[behind - 1] if behind else self.blank
+        rest = set(path[behind:]) - {self.blank, self._silence, last}
+        return path[:behind] if rest else path
 
     def _spell(self, lexicon: dict[str, list[list[int]]]) -> Any:
         """flashlight's tree of the spellings; on the way to a word the language model's best score for what may come counts."""

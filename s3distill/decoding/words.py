@@ -51,8 +51,8 @@ def split_words(symbols: Sequence[str], boundary: str) -> Iterator[tuple[str, sl
         begin = position if begins else position + 1
 
 
-def part_of(hypothesis: CtcHypothesis, symbols: slice) -> CtcHypothesis:
-    """Some symbols of a hypothesis as one of their own; its score is that of their frames."""
+def part_of(hypothesis: CtcHypothesis, symbols: list[int]) -> CtcHypothesis:
+    """Some symbols of a hypothesis, by their positions, as one of their own; its score is that of their frames."""
     scores = hypothesis.positional_scores[symbols]
     return CtcHypothesis(
         hypothesis.tokens[symbols], float(scores.sum()), scores, hypothesis.timesteps[symbols], hypothesis.ends[symbols]

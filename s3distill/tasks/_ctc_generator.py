@@ -91,12 +91,14 @@ class CtcGenerator:
     def _timed_words(self, hypothesis: CtcHypothesis, frames: Tensor) -> list[TimedWord]:
         """Words of one utterance, spelled by its symbols or as the lexicon has them; frames [T, V] are log-probabilities."""
         assert self.frame_s is not None
-        symbols = [self.dictionary[int(token)] for token in hypothesis.tokens]
+        tokens = hypothesis.tokens.tolist()
+        kept = [i for i, token in enumerate(tokens) if token not in self.symbols_to_strip_from_output]
+        symbols = [self.dictionary[tokens[i]] for i in kept]
         words = list(split_words(symbols, self.boundary))
         said = hypothesis.words if hypothesis.words and len(hypothesis.words) == len(words) else None
         timed = []
         for number, (spelled, where) in enumerate(words):
-            part = part_of(hypothesis, where)
+            part = part_of(hypothesis, kept[where])
             start, end = float(part.timesteps[0]) * self.frame_s, float(part.ends[-1]) * self.frame_s
             timed.append(TimedWord(said[number] if said else spelled, start, end, mean_posterior(frames, part)))
         return timed

@@ -174,6 +174,14 @@ def test_spellings_of_pieces_and_variants(tmp_path: Path) -> None:
         assert search(log_probs, None)[0][0].words == ("AB", "A")
 
 
+def test_a_word_that_breaks_off_is_not_said(lexicon: Path) -> None:
+    pytest.importorskip("flashlight.lib.text")
+    log_probs = torch.full((1, 5, len(SYMBOLS)), -30.0)
+    log_probs[0, torch.arange(5), torch.tensor([A, BAR, BLANK, A, B])] = -0.01
+    hypothesis = LexiconLmSearch(SYMBOLS, BLANK, LmOptions(lexicon, beam_threshold=5.0))(log_probs, None)[0][0]
+    assert (hypothesis.words, hypothesis.tokens.tolist()) == (("A",), [A, BAR])
+
+
 def test_lexicons_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "lexicon.txt"
     symbols = {"A": 5, "|": 4}

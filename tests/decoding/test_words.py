@@ -39,6 +39,6 @@ def test_a_part_keeps_its_places_and_scores() -> None:
         torch.tensor([0, 3, 7]),
         torch.tensor([1, 5, 9]),
     )
-    part = part_of(whole, slice(1, 3))
+    part = part_of(whole, [1, 2])
     assert (part.tokens.tolist(), part.timesteps.tolist(), part.ends.tolist()) == ([5, 6], [3, 7], [5, 9])
     assert part.score == -6.0
