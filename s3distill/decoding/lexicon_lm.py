@@ -202,7 +202,7 @@ class LexiconLmSearch:
         if missing and (required or not known - {UNKNOWN}):
             named = " ".join(missing[:MAX_NAMED]) + (" ..." if len(missing) > MAX_NAMED else "")
             raise ValueError(
-                f"the language model {path} must know the {what}, but knows {'none' if not known - {UNKNOWN} else 'no'} of {named}; "
+                f"the language model {path} must know the {what}, but knows none of {named}; "
                 "a model over words needs a lexicon, one over symbols none; mind upper and lower case"
             )
         if missing:

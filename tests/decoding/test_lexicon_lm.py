@@ -211,7 +211,7 @@ def test_language_models_that_do_not_fit(lexicon: Path, tmp_path: Path, caplog: 
     ):
         build(lexicon, {"ab": -1.0, "a": -1.0})
     with pytest.raises(
-        ValueError, match=r"must know the symbols of the model, but knows no of \| B; a model over words needs"
+        ValueError, match=r"must know the symbols of the model, but knows none of \| B; a model over words needs"
     ):
         build(None, {"A": -1.0})
     build(lexicon, {"AB": -1.0})

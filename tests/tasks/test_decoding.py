@@ -148,7 +148,7 @@ def test_lexicon_and_language_model(
     words = {name: " ".join(found).split() for name, found in decoded.items()}
     assert len(words["few"]) < len(words["lexicon"]) > 0
     assert words["model"].count("beta") / len(words["model"]) > words["lexicon"].count("beta") / len(words["lexicon"])
-    with pytest.raises(ValueError, match=r"must know the symbols of the model, but knows no of \| A B C D E"):
+    with pytest.raises(ValueError, match=r"must know the symbols of the model, but knows none of \| A B C D E"):
         _generate([*command, "--decoder", "ngram", "--ngram-lm", str(model), "--lm-weight", "1"])
 
 
