@@ -32,6 +32,7 @@ COMMANDS = {
         "s3distill.cli.convert",
         "Hugging Face folders and WavLM files to fairseq checkpoints, students to folders",
     ),
+    "tune-lm": ("s3distill.cli.tune_lm", "weights of a language model and of words, swept on a validation set"),
     "masks": ("s3distill.cli.masks", "banks of masks: one backbone for many languages"),
     "quickstart": ("s3distill.cli.quickstart", "the whole chain on demo speech, with a report"),
 }
