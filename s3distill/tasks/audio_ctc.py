@@ -26,6 +26,7 @@ from s3distill.scoring.s3_wer import S3WerScorer
 from s3distill.tasks._audio import check_split, set_root
 from s3distill.tasks._autocast import AUTOCAST_DTYPES, AutocastSteps, check_autocast
 from s3distill.tasks._bank_model import BankModel, dictionary_of, open_entry
+from s3distill.tasks._seq2seq_generator import Seq2SeqGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
         if self.bank is None:
             model = super().build_model(model_cfg, from_checkpoint)
             encoders = [m for m in model.modules() if isinstance(m, SpeechEncoder)]
-            if encoders and encoders[0].config.time_reduction > 1 and not from_checkpoint:
+            ctc = not self.cfg.autoregressive  # which alone needs a frame for every label
+            if ctc and encoders and encoders[0].config.time_reduction > 1 and not from_checkpoint:
                 self.frames_of = encoders[0].config.num_frames
             return model
         if not from_checkpoint:
@@ -179,9 +181,14 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
         return super().get_batch_iterator(dataset, max_tokens, *args, **kwargs)
 
     def build_generator(self, models: Any, args: Any, *rest: Any, **options: Any) -> Any:
-        if self.cfg.autoregressive:
-            return super().build_generator(models, args, *rest, **options)
         dictionary = self.target_dictionary
+        if any(hasattr(model, "decoder") for model in models):
+            search = super().build_generator(models, args, *rest, **options)
+            if args is self.cfg.eval_wer_config:
+                return search  # fairseq's own, for error rates in validation
+            with_decoder = Seq2SeqGenerator(search, dictionary, self.words)
+            S3WerScorer.run = with_decoder.transcripts
+            return with_decoder
         generator = CtcGenerator(dictionary, dictionary.index(self.blank_symbol), self.words)
         S3WerScorer.run = generator.transcripts
         return generator
