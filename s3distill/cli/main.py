@@ -27,6 +27,7 @@ COMMANDS = {
         "s3distill.cli.latency_table",
         "time the parts of an encoder here, for model.prune_measure=latency",
     ),
+    "pseudo-label": ("s3distill.cli.pseudo_label", "transcribe audio with a teacher, and filter what it wrote"),
     "convert": (
         "s3distill.cli.convert",
         "Hugging Face folders and WavLM files to fairseq checkpoints, students to folders",

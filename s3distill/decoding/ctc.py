@@ -15,15 +15,18 @@ class CtcHypothesis:
 
     Attributes:
         tokens: symbols, [N] int64.
-        score: log-probability of the best path, natural logarithm, blanks included.
+        score: log-probability, natural logarithm, blanks included: of the best path where it was decoded greedily, of all
+            paths of the tokens behind a prefix beam search, with the weighted language model behind a decoder that has one.
         positional_scores: log-probability of each symbol's frames, [N] float32.
         timesteps: frame at which each symbol begins, [N] int64 (at 50 Hz for the released models).
+        ends: frame behind the last one of each symbol, [N] int64.
     """
 
     tokens: Tensor
     score: float
     positional_scores: Tensor
     timesteps: Tensor
+    ends: Tensor
 
 
 def greedy_decode(log_probs: Tensor, padding_mask: Tensor | None, blank: int) -> list[CtcHypothesis]:
@@ -43,15 +46,12 @@ def greedy_decode(log_probs: Tensor, padding_mask: Tensor | None, blank: int) ->
     Raises:
         ValueError: shapes do not fit, ``blank`` is no symbol, or a valid frame holds NaN.
     """
-    _check(log_probs, padding_mask, blank)
+    check_log_probs(log_probs, padding_mask, blank)
     best, path = log_probs.float().max(dim=-1)  # [B, T] each
     best, path = best.cpu(), path.cpu()
     valid = torch.ones_like(path, dtype=torch.bool) if padding_mask is None else ~padding_mask.cpu()
     for row in range(len(path)):
-        if bool(best[row][valid[row]].isnan().any()):
-            raise ValueError(
-                f"`log_probs` of row {row} must be numbers in valid frames, but hold NaN; has the model diverged?"
-            )
+        _check_numbers(best[row][valid[row]], row)
     return [_collapse(path[row], best[row], valid[row], blank) for row in range(len(path))]
 
 
@@ -80,10 +80,50 @@ def _collapse(path: Tensor, best: Tensor, valid: Tensor, blank: int) -> CtcHypot
     scores = torch.zeros(len(symbols)).index_add_(0, run_of_frame, best)
     starts = counts.cumsum(0) - counts
     spoken = symbols != blank
-    return CtcHypothesis(symbols[spoken], float(best.sum()), scores[spoken], frames[starts[spoken]])
+    return CtcHypothesis(
+        symbols[spoken],
+        float(best.sum()),
+        scores[spoken],
+        frames[starts[spoken]],
+        frames[(starts + counts - 1)[spoken]] + 1,
+    )
 
 
-def _check(log_probs: Tensor, padding_mask: Tensor | None, blank: int) -> None:
+def pack_valid_frames(log_probs: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Moves the valid frames of each row to its beginning, on the CPU.
+
+    Returns:
+        Log-probabilities [B, max number of valid frames, V] float64, 0 behind a row's end; numbers of valid frames [B] int64; and
+        per row where these frames stood, [number] int64.
+    Raises:
+        ValueError: a valid frame holds NaN, or no symbol is possible in it.
+    """
+    log_probs = log_probs.detach().cpu().double()
+    valid = torch.ones(log_probs.shape[:2], dtype=torch.bool) if padding_mask is None else ~padding_mask.cpu()
+    lengths = valid.sum(1)
+    packed = log_probs.new_zeros(len(log_probs), int(lengths.max()) if len(lengths) else 0, log_probs.shape[2])
+    behind = torch.arange(packed.shape[1]) < lengths[:, None]
+    packed[behind] = log_probs[valid]
+    best = packed.amax(-1)
+    for row in range(len(packed)):
+        _check_numbers(best[row], row)
+        if bool((best[row] == -torch.inf).any()):
+            raise ValueError(
+                f"`log_probs` of row {row} must leave a symbol possible in each valid frame, but are -inf for all; does the "
+                "padding mask fit?"
+            )
+    return packed, lengths, [row.nonzero()[:, 0] for row in valid]
+
+
+def _check_numbers(values: Tensor, row: int) -> None:
+    if bool(values.isnan().any()):
+        raise ValueError(
+            f"`log_probs` of row {row} must be numbers in valid frames, but hold NaN; has the model diverged?"
+        )
+
+
+def check_log_probs(log_probs: Tensor, padding_mask: Tensor | None, blank: int) -> None:
+    """Raises `ValueError` where the shapes [B, T, V] and [B, T] do not fit, or the blank is no symbol."""
     if log_probs.dim() != 3:
         raise ValueError(f"`log_probs` must be [B, T, V], but has shape {tuple(log_probs.shape)}")
     if padding_mask is not None and padding_mask.shape != log_probs.shape[:2]:

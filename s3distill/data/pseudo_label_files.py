@@ -1,0 +1,240 @@
+"""Decoded utterances to what training reads: filtered, and written as manifest, labels, n-best file, dictionary and report."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from s3distill.data.label_text import LabelText
+from s3distill.data.manifest import (
+    PathLike,
+    read_dictionary,
+    read_labels,
+    write_dictionary,
+    write_lines,
+    write_manifest,
+)
+from s3distill.data.manifest_check import num_frames
+from s3distill.data.manifest_lines import Manifest
+from s3distill.data.nbest import ENDING, Hypothesis, NbestEntry, write_nbest
+from s3distill.data.pseudo_label_journal import Decoded
+from s3distill.data.text_filters import Candidate, TextFilters
+from s3distill.decoding.scoring import error_rates
+from s3distill.encoder.config import SAMPLE_RATE
+
+DICTIONARY = "dict.ltr.txt"
+UNWRITABLE = "not_in_dictionary"  # the best hypothesis has a symbol that the target dictionary lacks
+TOO_LONG = "too_long_for_ctc"  # more symbols than frames at 50 Hz
+
+
+@dataclass
+class Selection:
+    """What the filters left of a manifest.
+
+    Attributes:
+        indices: utterances that stay, in the manifest's order.
+        entries: their hypotheses.
+        removed: filter -> utterances whose best hypothesis it removed, in the order in which the filters look.
+        num_dropped: hypotheses of the utterances that stay, behind the best, that a filter removed.
+    """
+
+    indices: list[int] = field(default_factory=list)
+    entries: list[NbestEntry] = field(default_factory=list)
+    removed: dict[str, list[int]] = field(default_factory=dict)
+    num_dropped: int = 0
+
+
+def read_reference(path: Path, manifest: Manifest, text: LabelText) -> list[str]:
+    """Words of each utterance of a manifest from its label file (`.ltr`, or `.wrd`, which holds words already).
+
+    Raises:
+        ValueError: it cannot be read, or has another number of lines.
+    """
+    lines = read_labels(path)
+    if len(lines) != manifest.num_lines:
+        raise ValueError(
+            f"{path} must have a line for each of the {manifest.num_lines} utterances of {manifest.path}, but has {len(lines)}; give the "
+            "labels of this manifest"
+        )
+    return lines if path.suffix == ".wrd" else [text.words(line.split()) for line in lines]
+
+
+def select(
+    manifest: Manifest, decoded: Decoded, text: LabelText, filters: TextFilters, reference: Sequence[str] | None
+) -> Selection:
+    """Judges every hypothesis: an utterance goes with its best one, the others go alone.
+
+    Args:
+        decoded: all utterances of the manifest.
+        reference: words of each utterance, where they are known.
+    """
+    names = [UNWRITABLE, *filters.names, TOO_LONG]
+    selection = Selection(removed={name: [] for name in names})
+    for index, (audio, num_samples) in enumerate(manifest.entries):
+        if decoded[index].get("unwritable"):
+            selection.removed[UNWRITABLE].append(index)
+            continue
+        hypotheses = [Hypothesis(**fields) for fields in decoded[index]["hypotheses"]]
+        known = None if reference is None else reference[index]
+        verdicts = [_judge(hypothesis, num_samples, text, filters, known) for hypothesis in hypotheses]
+        if verdicts[0] is not None:
+            selection.removed[verdicts[0]].append(index)
+            continue
+        kept = tuple(h for h, verdict in zip(hypotheses, verdicts, strict=True) if verdict is None)
+        selection.num_dropped += len(hypotheses) - len(kept)
+        selection.indices.append(index)
+        selection.entries.append(NbestEntry(audio, kept))
+    return selection
+
+
+def _judge(
+    hypothesis: Hypothesis, num_samples: int, text: LabelText, filters: TextFilters, reference: str | None
+) -> str | None:
+    units = hypothesis.units.split()
+    seconds = num_samples / SAMPLE_RATE
+    verdict = filters.judge(Candidate(text.words(units), seconds, hypothesis.confidence, reference))
+    if verdict is None and len(units) + sum(a == b for a, b in itertools.pairwise(units)) > num_frames(num_samples):
+        return TOO_LONG  # the boundary behind the last word is not always the teacher's
+    return verdict
+
+
+def report(
+    manifest: Manifest, decoded: Decoded, selection: Selection, text: LabelText, reference: Sequence[str] | None
+) -> dict[str, Any]:
+    """What was removed and what stayed, for JSON: utterances and hours, and, where words are known, the labels' error rate."""
+    lengths = [num_samples / SAMPLE_RATE / 3600 for _, num_samples in manifest.entries]
+    kept = selection.indices
+    best = [entry.hypotheses[0] for entry in selection.entries]
+    values: dict[str, Any] = {
+        "utterances": {"all": len(lengths), "kept": len(kept)},
+        "hours": {"all": sum(lengths), "kept": sum(lengths[index] for index in kept)},
+        "removed": {
+            name: {"utterances": len(indices), "hours": sum(lengths[index] for index in indices)}
+            for name, indices in selection.removed.items()
+        },
+        "hypotheses": {
+            "kept": sum(len(entry.hypotheses) for entry in selection.entries),
+            "dropped": selection.num_dropped,
+        },
+        "mean_confidence": sum(hypothesis.confidence for hypothesis in best) / len(best) if best else None,
+    }
+    if reference is not None:
+        written = [_best_words(decoded[index], text) for index in range(len(lengths))]
+        values["label_wer"] = {
+            "all": error_rates(reference, written).wer,
+            "kept": error_rates([reference[i] for i in kept], [written[i] for i in kept]).wer if kept else None,
+        }
+    return values
+
+
+def _best_words(utterance: dict[str, Any], text: LabelText) -> str:
+    hypotheses = utterance["hypotheses"]
+    return text.words(hypotheses[0]["units"].split()) if hypotheses else ""
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """The files of a split of pseudo-labels.
+
+    Args:
+        folder: where they go.
+        name: the split.
+    """
+
+    folder: Path
+    name: str
+
+    def path(self, ending: str) -> Path:
+        return self.folder / f"{self.name}.{ending}"
+
+    def check(self, manifest_path: PathLike, text: LabelText | None, overwrite: bool) -> None:
+        """What would be lost by writing, found before anything is decoded.
+
+        Args:
+            text: the dictionary that is to be written; None: it is not known yet.
+        Raises:
+            ValueError: an output is there already without ``overwrite``, is the manifest itself, or the folder's dictionary is another.
+        """
+        endings = ("tsv", "ltr", "wrd", ENDING, "conf", "report.json")
+        if self.path("tsv").resolve() == Path(manifest_path).resolve():
+            raise ValueError(
+                f"pseudo-labels must not overwrite the manifest that they are made of, but {self.path('tsv')} is it; choose another -o or "
+                "--name"
+            )
+        there = [self.path(ending) for ending in endings if self.path(ending).exists()]
+        if there and not overwrite:
+            raise ValueError(
+                f"{there[0]} must not be there yet, but is; pass --overwrite to write it again (utterances that are decoded stay so), or "
+                "another -o or --name"
+            )
+        dictionary = self.folder / DICTIONARY
+        if text is not None and dictionary.exists() and list(read_dictionary(dictionary)) != list(text.symbols):
+            raise ValueError(
+                f"{dictionary} must have the symbols of these labels in their order, since other splits use it, but has others; choose "
+                "another output folder, or pass --dict with it"
+            )
+
+    def write(self, manifest: Manifest, selection: Selection, text: LabelText, values: dict[str, Any]) -> None:
+        """Writes all files under temporary names first, then renames them; the manifest comes last.
+
+        Raises:
+            ValueError: no utterance is left; nothing is written.
+        """
+        if not selection.indices:
+            counts = ", ".join(f"{name} {len(found)}" for name, found in selection.removed.items() if found)
+            raise ValueError(
+                f"an utterance must be left to train on, but all {len(manifest.entries)} of {manifest.path} were removed ({counts}); "
+                "nothing was written: loosen the filters, or use a better teacher"
+            )
+        best = [entry.hypotheses[0] for entry in selection.entries]
+        lines = [hypothesis.units for hypothesis in best]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{self.name}.", dir=self.folder) as temporary:
+            new = OutputFiles(Path(temporary), self.name)
+            write_lines(new.path("ltr"), lines)
+            if text.has_words:
+                write_lines(new.path("wrd"), (text.words(line.split()) for line in lines))
+            write_nbest(new.path(ENDING), selection.entries)
+            write_lines(new.path("conf"), (f"{hypothesis.confidence:.4f}" for hypothesis in best))
+            write_lines(new.path("report.json"), [json.dumps(values, indent=2)])
+            if not (self.folder / DICTIONARY).exists():
+                counts = collections.Counter(itertools.chain.from_iterable(line.split() for line in lines))
+                write_dictionary(new.folder / DICTIONARY, {symbol: counts[symbol] for symbol in text.symbols})
+            write_manifest(new.path("tsv"), manifest.root, (manifest.entries[index] for index in selection.indices))
+            self.path("tsv").unlink(
+                missing_ok=True
+            )  # the old one must not stand beside new labels, should this be killed
+            if not text.has_words:
+                self.path("wrd").unlink(missing_ok=True)
+            for path in sorted(new.folder.iterdir(), key=lambda path: path.suffix == ".tsv"):
+                os.replace(path, self.folder / path.name)
+
+
+def table(values: dict[str, Any]) -> list[str]:
+    """The report as lines to read."""
+    rows = [("", "utterances", "hours"), _row("decoded", values, "all")]
+    rows += [(f"- {name}", str(r["utterances"]), f"{r['hours']:.3f}") for name, r in values["removed"].items()]
+    rows.append(_row("kept", values, "kept"))
+    lines = [f"{name:24}{count:>12}{hours:>12}" for name, count, hours in rows]
+    hypotheses = values["hypotheses"]
+    lines.append(f"hypotheses: {hypotheses['kept']} kept, {hypotheses['dropped']} behind the best were removed")
+    if values["mean_confidence"] is not None:
+        lines.append(f"mean confidence of the labels: {values['mean_confidence']:.4f}")
+    if "label_wer" in values:
+        kept = values["label_wer"]["kept"]
+        lines.append(
+            f"WER of the labels against the reference: {values['label_wer']['all']:.2f}% before the filters"
+            + ("" if kept is None else f", {kept:.2f}% behind them")
+        )
+    return lines
+
+
+def _row(name: str, values: dict[str, Any], which: str) -> tuple[str, str, str]:
+    return name, str(values["utterances"][which]), f"{values['hours'][which]:.3f}"
