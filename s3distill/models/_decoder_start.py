@@ -51,7 +51,9 @@ def check_dictionary(parsed: ParsedCheckpoint, dictionary: Dictionary, path: str
         ValueError: with what differs.
     """
     if parsed.symbols is None:
-        raise ValueError(f"{path} holds no dictionary, so what its outputs mean is unknown; name the training's own file")
+        raise ValueError(
+            f"{path} holds no dictionary, so what its outputs mean is unknown; name the training's own file"
+        )
     theirs, own = parsed.symbols, list(dictionary.symbols)
     if theirs == own:
         return
@@ -75,7 +77,9 @@ def start_decoder(decoder: nn.Module, cfg: Any, dictionary: Dictionary) -> None:
     _check_shape(cfg, parsed, path)
     layers: Tuple[int, ...] = tuple(range(num_layers))
     if cfg.decoder_init_layers:
-        layers = parse_layer_choice(cfg.decoder_init_layers, num_layers, option="decoder_init_layers", may_be_none=False)
+        layers = parse_layer_choice(
+            cfg.decoder_init_layers, num_layers, option="decoder_init_layers", may_be_none=False
+        )
     if len(layers) != cfg.decoder_layers:
         raise ValueError(
             f"`model.decoder_layers` must be the number of layers taken from {path}, {len(layers)} ({_listed(layers)}), but is "

@@ -14,8 +14,10 @@ from fairseq.scoring import BaseScorer, register_scorer
 from omegaconf import II
 
 from s3distill.data.manifest import write_lines
+from s3distill.data.nbest import ENDING, write_nbest
 from s3distill.decoding.scoring import ErrorRates, error_rates
 from s3distill.decoding.transcripts import Transcripts
+from s3distill.scoring._nbest_lists import NbestLists
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class S3WerScorer(BaseScorer):
 
     # fairseq builds a scorer from its config alone, so the generator of the run leaves its transcripts here
     run: Transcripts | None = None
+    nbest: NbestLists | None = None  # lists that are kept, to be written beside the scores
 
     def __init__(self, cfg: S3WerConfig) -> None:
         super().__init__(cfg)
@@ -92,4 +95,6 @@ class S3WerScorer(BaseScorer):
             "audio_seconds": self.transcripts.audio_seconds,
         }
         write_lines(folder / f"scores-{subset}.json", [json.dumps(scores, indent=2)])
+        if self.nbest is not None:
+            write_nbest(folder / f"{subset}.{ENDING}", self.nbest.entries(subset))
         logger.info("%d transcripts and scores-%s.json written to %s", len(ids), subset, folder)

@@ -17,11 +17,12 @@ from fairseq.tasks.audio_finetuning import AudioFinetuningConfig, AudioFinetunin
 from omegaconf import II
 from torch import Tensor
 
-from s3distill.data.manifest import read_dictionary, read_labels
+from s3distill.data.manifest import read_dictionary, read_labels, read_manifest
 from s3distill.decoding.ctc import CtcHypothesis, average_log_probs, greedy_decode
 from s3distill.decoding.transcripts import Transcript, Transcripts
 from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.scoring._nbest_lists import NbestLists
 from s3distill.scoring.s3_wer import S3WerScorer
 from s3distill.tasks._audio import check_split, set_root
 from s3distill.tasks._autocast import AUTOCAST_DTYPES, AutocastSteps, check_autocast
@@ -168,6 +169,12 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
             )
         return [line for i, line in enumerate(lines) if i not in skipped]
 
+    def _files_of(self, split: str) -> list[str]:
+        """The files of the dataset's utterances, as the manifest has them."""
+        skipped = getattr(_audio(self.datasets[split]), "skipped_indices", set())
+        entries = read_manifest(Path(self.cfg.data) / f"{split}.tsv").entries
+        return [name for i, (name, _) in enumerate(entries) if i not in skipped]
+
     def get_batch_iterator(self, dataset: Any, max_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         longest = max((int(size) for size in getattr(_audio(dataset), "sizes", ())), default=0)
         if max_tokens is not None and longest > max_tokens:
@@ -186,9 +193,14 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
             search = super().build_generator(models, args, *rest, **options)
             if args is self.cfg.eval_wer_config:
                 return search  # fairseq's own, for error rates in validation
-            with_decoder = Seq2SeqGenerator(search, dictionary, self.words)
+            lists = None
+            if args.nbest > 1:
+                lists = NbestLists({split: self._files_of(split) for split in self.datasets}, args.nbest)
+            with_decoder = Seq2SeqGenerator(search, dictionary, self.words, lists)
+            S3WerScorer.nbest = lists
             S3WerScorer.run = with_decoder.transcripts
             return with_decoder
+        S3WerScorer.nbest = None
         generator = CtcGenerator(dictionary, dictionary.index(self.blank_symbol), self.words)
         S3WerScorer.run = generator.transcripts
         return generator
