@@ -5,6 +5,7 @@ from typing import Any
 
 from s3distill.losses.word_level import check_label_smoothing, check_temperature
 from s3distill.models.wav2vec_seq2seq_student import Wav2VecSeq2SeqStudent
+from s3distill.tasks.audio_seq2seq_distill import AudioSeq2SeqDistillTask
 
 
 def check_options(cfg: Any) -> None:
@@ -22,7 +23,7 @@ def check_options(cfg: Any) -> None:
 
 def check_teacher(cfg: Any, word_level: bool, model: Any, task: Any) -> None:
     """Task, student and teacher have what the criterion asks for (`ValueError`); reads the teacher where it is needed."""
-    if not hasattr(task, "teacher") or not hasattr(task.cfg, "nbest"):
+    if not isinstance(task, AudioSeq2SeqDistillTask):
         raise ValueError(
             f"criterion seq2seq_distill needs task._name=audio_seq2seq_distill, but the task is {type(task).__name__}"
         )

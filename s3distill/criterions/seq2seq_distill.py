@@ -45,7 +45,7 @@ class Seq2SeqDistillConfig(FairseqDataclass):
     encoder_weight: float = field(
         default=0.0,
         metadata={
-            "help": "weight of the distance (l1 and cosine) between what the two decoders attend to; needs "
+            "help": "weight of the distance (l1 - cosine) between what the two decoders attend to; needs "
             "wav2vec_seq2seq_student and a decoder of the teacher's width"
         },
     )
