@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"bake makes wav2vec_ctc models, but this head is for {dense.info['kind']}; decode it with its bank"
         )
-    _write(Path(output), dense, with_dictionary=not args.no_dictionary)
+    write_dense(Path(output), dense, with_dictionary=not args.no_dictionary)
 
 
 def _from_run(path: str) -> Dense:
@@ -85,11 +85,20 @@ def _from_run(path: str) -> Dense:
         raise ValueError(
             f"{path} must have masks to bake, but has none (model {trained.model_name!r}): it is dense already"
         )
+    refuse_gates(trained, path)
     dense = baked(trained, path)
     weights = {f"{ENCODER}.{key}": value for key, value in dense.encoder_state.items()}
     weights |= {f"{HEAD}.{key}": value for key, value in (dense.head_state or {}).items()}
     info = {**options_of(trained, state), "normalize": trained.normalize, "kind": kind_of(trained)}
     return Dense(weights, trained, info, trained.symbols)
+
+
+def refuse_gates(run: ParsedCheckpoint, path: str) -> None:
+    """Gates that were not pruned yet have no place in an ordinary model, nor in a bank (`ValueError`)."""
+    if any("gates." in name for name in run.extra_state):
+        raise ValueError(
+            f"{path} has gates beside its masks, which would be lost; cut both into a compact model: s3distill prune {path} compact.pt"
+        )
 
 
 def _from_bank(bank_path: str, name: str, backbone_path: str) -> Dense:
@@ -100,7 +109,8 @@ def _from_bank(bank_path: str, name: str, backbone_path: str) -> Dense:
     return Dense(dense_state(entry_state(backbone, entry), entry.masks), backbone, entry.info, entry.symbols)
 
 
-def _write(path: Path, dense: Dense, with_dictionary: bool) -> None:
+def write_dense(path: Path, dense: Dense, with_dictionary: bool) -> None:
+    """Writes a stock `wav2vec_ctc` checkpoint."""
     normalize = bool(dense.info.get("normalize", False))
     encoder_options = stock_options(dense.encoder.config, dense.encoder.family, normalize)
     model = {
@@ -118,7 +128,7 @@ def _write(path: Path, dense: Dense, with_dictionary: bool) -> None:
     task = {**TASK_OPTIONS, "labels": dense.info.get("labels"), "normalize": normalize}
     task_state = {}
     if with_dictionary and dense.symbols is not None:
-        task_state["target_dictionary"] = _fairseq_dictionary(dense.symbols)
+        task_state["target_dictionary"] = fairseq_dictionary(dense.symbols)
     state = {f"w2v_encoder.{key}": value for key, value in dense.state.items()}
     compat.write_checkpoint(path, state, model, task, task_state)
     print(f"wrote {path}: wav2vec_ctc over {encoder_options['_name']}, {path.stat().st_size / 1e6:.2f} MB")
@@ -126,13 +136,13 @@ def _write(path: Path, dense: Dense, with_dictionary: bool) -> None:
         print("stock fairseq has no model of this encoder's shape: load it with --user-dir s3distill")
 
 
-def _fairseq_dictionary(symbols: list[str]) -> Any:
+def fairseq_dictionary(symbols: list[str]) -> Any:
     """fairseq's own `Dictionary`, which is what a fine-tuned checkpoint holds."""
     try:
         from s3distill.tasks._bank_model import dictionary_of
     except ImportError as error:
         raise RuntimeError(
-            "the dictionary of a checkpoint is an object of fairseq, which is not installed; install it (pip install 's3distill[train]') "
-            "or pass --no-dictionary"
+            "the dictionary of a checkpoint is an object of fairseq, which is not installed; install it (pip install 's3distill[train]'), "
+            "or pass --no-dictionary to `s3distill masks bake`"
         ) from error
     return dictionary_of(symbols)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor
 
 from s3distill import compat
 from s3distill.analysis.measure import measure_encoders
+from s3distill.cli.masks_bake import fairseq_dictionary
 from s3distill.data.audio import read_audio
 from s3distill.data.manifest import read_manifest
 from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.options import options_from_config
 from s3distill.encoder.speech_model import normalize_waveforms
 from s3distill.gates import GateCounts, LatencyTable, count_macs_per_second, count_parameters
+from s3distill.masks.options import MaskOptions
+from s3distill.masks.state import baked
 from s3distill.pruning.compact import CompactStudent, prune_student
 from s3distill.pruning.width import cut_heads
 
@@ -37,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     state = compat.load_checkpoint(args.checkpoint)
     student = parse_checkpoint(state, args.checkpoint)
+    if student.scores:
+        print(
+            f"the masks of {len(student.scores)} modules are multiplied into the weights: a cut matrix has no mask of its density"
+        )
+        student = baked(student, args.checkpoint)
     paths = _audio_paths(args.audio, state, args.utterances)
     source, padding_mask = _batch(paths, student.normalize)
     compact = prune_student(student, source, padding_mask, args.checkpoint)
@@ -74,19 +84,7 @@ def _batch(paths: list[Path], normalize: bool) -> tuple[Tensor, Tensor]:
 
 
 def _write(path: str, state: dict[str, Any], student: ParsedCheckpoint, compact: CompactStudent) -> None:
-    model = {
-        **student.pretraining_options,
-        "_name": "ssl_student",
-        "encoder": compact.config.to_json(),
-        "encoder_embed_dim": compact.config.embed_dim,
-        "student_path": None,
-        "prune_units": [],
-        "prune_measure": "params",
-        "latency_table": None,
-        "latency": None,
-        "reference_cost": 0.0,
-        "normalize": student.normalize,
-    }
+    model = _encoder_options(student, compact) if student.head_state is None else _ctc_options(student, compact)
     task = {
         **((state.get("cfg") or {}).get("task") or {}),
         "normalize": student.normalize,
@@ -97,7 +95,50 @@ def _write(path: str, state: dict[str, Any], student: ParsedCheckpoint, compact:
         model["head_hidden_dim"] = model.get("head_hidden_dim") or student.config.embed_dim
     heads = {k: v for k, v in student.extra_state.items() if k.startswith("heads.")}
     heads = cut_heads(heads, compact.plan.width)
-    compat.write_checkpoint(path, {**compact.state, **heads}, model, task)
+    if compact.head_state is None:
+        compat.write_checkpoint(path, {**compact.state, **heads}, model, task)
+        return
+    weights = {f"w2v_encoder.w2v_model.{name}": value for name, value in compact.state.items()}
+    weights |= {f"w2v_encoder.proj.{name}": value for name, value in compact.head_state.items()}
+    dictionary = {} if student.symbols is None else {"target_dictionary": fairseq_dictionary(student.symbols)}
+    compat.write_checkpoint(path, {**weights, **heads}, model, task, dictionary)
+
+
+# of a student that was cut: nothing of it is gated, and sizes refer to itself again
+_WITHOUT_GATES = {
+    **{"student_path": None, "prune_units": [], "prune_measure": "params", "latency_table": None, "latency": None},
+    "reference_cost": 0.0,
+}
+
+
+def _encoder_options(student: ParsedCheckpoint, compact: CompactStudent) -> dict[str, Any]:
+    """Options of the `ssl_student` that the compact encoder is."""
+    return {
+        **student.pretraining_options,
+        "_name": "ssl_student",
+        "encoder": compact.config.to_json(),
+        "encoder_embed_dim": compact.config.embed_dim,
+        **_WITHOUT_GATES,
+        "normalize": student.normalize,
+    }
+
+
+def _ctc_options(student: ParsedCheckpoint, compact: CompactStudent) -> dict[str, Any]:
+    """Options of the compact `wav2vec_ctc_student`, whose masks are in its weights."""
+    encoder = options_from_config(compact.config, "ssl_student", student.normalize)
+    masks = {f.name: f.default for f in dataclasses.fields(MaskOptions)}
+    return {
+        **student.model_options,
+        **{name: value for name, value in masks.items() if name in student.model_options},
+        "w2v_path": None,
+        "w2v_args": {
+            "task": {"_name": "audio_pretraining", "data": "", "normalize": student.normalize},
+            "model": encoder,
+        },
+        "masks": False,
+        **_WITHOUT_GATES,
+        "normalize": student.normalize,
+    }
 
 
 def _report(student: ParsedCheckpoint, compact: CompactStudent, output: str, num_utterances: int) -> None:
@@ -123,8 +164,8 @@ def _report(student: ParsedCheckpoint, compact: CompactStudent, output: str, num
 
 def _speed(student: ParsedCheckpoint, compact: CompactStudent) -> list[str]:
     """Real-time factor by the table that the student was pruned by, and measured here; nothing without a table."""
-    text = student.pretraining_options.get("latency")
-    if str(student.pretraining_options.get("prune_measure")) != "latency" or not text:
+    text = student.student_options.get("latency")
+    if str(student.student_options.get("prune_measure")) != "latency" or not text:
         return []
     table = LatencyTable.from_json(str(text), "the latency table of the checkpoint")
     num_threads = int(table.machine["num_threads"])

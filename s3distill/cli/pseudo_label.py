@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 import s3distill
+from s3distill.data.labelled_split import gold_split, join_splits
 from s3distill.data.manifest import label_path, validate_for_training
 from s3distill.data.manifest_check import RECEPTIVE_FIELD
+from s3distill.data.manifest_lines import Manifest
 from s3distill.data.pseudo_label_files import OutputFiles, read_reference, report, select, table
-from s3distill.data.pseudo_label_journal import Journal
+from s3distill.data.pseudo_label_journal import Decoded, Journal
 from s3distill.data.pseudo_labels import DecodeOptions, PseudoLabeller
 from s3distill.data.text_filters import CODECS, DEFAULT_RATIO, TextFilters
 
@@ -51,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--teacher-dict", metavar="PATH", help="the teacher's dictionary, where its checkpoint holds none"
+    )
+    parser.add_argument(
+        "--add",
+        metavar="LABELLED.tsv",
+        help="put the utterances of a labelled manifest in front, with their .ltr as only hypothesis",
     )
     parser.add_argument(
         "--batch-size", type=int, default=defaults.batch_size, help="utterances at a time (%(default)s)"
@@ -95,42 +102,53 @@ def run(args: argparse.Namespace) -> int:
     options, filters = _options(args), _filters(args)
     manifest = validate_for_training(args.manifest, min_samples=RECEPTIVE_FIELD)
     files = OutputFiles(Path(args.output), args.name or Path(args.manifest).stem)
-    files.check(args.manifest, None, args.overwrite or args.shard is not None)
+    may_replace = args.overwrite or args.shard is not None  # a shard writes none of them
+    files.check(args.manifest, None, may_replace)
     device = _device(args.device)
     labeller = PseudoLabeller(s3distill.load(args.teacher), args.teacher, args.teacher_dict, args.dict)
-    files.check(args.manifest, labeller.text, args.overwrite or args.shard is not None)
+    files.check(args.manifest, labeller.text, may_replace)
     reference = None
     if args.reference:
         reference = read_reference(label_path(args.manifest, args.reference), manifest, labeller.text)
+    gold = gold_split(args.add, labeller.text, manifest) if args.add else None
     journal = Journal(files.path("journal"), labeller.settings(manifest, options))
-    labeller.model.to(device)
     if args.overwrite:
         journal.drop_foreign()
-    if args.merge:
-        decoded, _ = journal.read()
-    else:
-        decoded = labeller.decode(manifest, journal, options, progress=not args.no_progress)
-    missing = len(manifest.entries) - len(decoded)
+    labeller.model.to(device)
+    decoded = _decode(args, labeller, manifest, journal, options)
     if args.shard is not None:
-        rest = (
-            f"{missing} utterances are left to the other shards"
-            if missing
-            else "all are; write the labels with --merge"
-        )
-        print(f"{args.manifest}: {len(decoded)} of {len(manifest.entries)} utterances decoded, {rest}")
         return 0
-    if missing:
-        raise ValueError(
-            f"--merge needs every utterance decoded, but {missing} of {len(manifest.entries)} are missing in {journal.folder}; run the "
-            "shards that are left, with the same --teacher, --nbest, --beam and --batch-size"
-        )
     selection = select(manifest, decoded, labeller.text, filters, reference)
     values = report(manifest, decoded, selection, labeller.text, reference)
     values |= {"nbest": options.nbest, "beam": options.beam, "filters": filters.to_dict()}
     print("\n".join(table(values)))
-    files.write(manifest, selection, labeller.text, values)
-    print(f"wrote {files.path('tsv')} and its labels")
+    split = selection.split(manifest)
+    if gold is not None:
+        split = join_splits(gold, split)
+        values["labelled_utterances"] = len(gold.entries)
+    files.write(split, labeller.text, values)
+    print(f"wrote {files.path('tsv')} of {len(split.entries)} utterances, and its labels")
     return 0
+
+
+def _decode(
+    args: argparse.Namespace, labeller: PseudoLabeller, manifest: Manifest, journal: Journal, options: DecodeOptions
+) -> Decoded:
+    """What is decoded when this command is done; all of it, unless it is a shard's."""
+    if args.merge:
+        decoded, _ = journal.read()
+    else:
+        decoded = labeller.decode(manifest, journal, options, progress=not args.no_progress)
+    number, missing = len(manifest.entries), len(manifest.entries) - len(decoded)
+    if args.shard is not None:
+        rest = f"{missing} are left to other shards" if missing else "all are; write the labels with --merge"
+        print(f"{args.manifest}: {number - missing} of {number} utterances decoded, {rest}")
+    elif missing:
+        raise ValueError(
+            f"--merge needs every utterance decoded, but {missing} of {number} are missing in {journal.folder}; run the shards that are "
+            "left, with the same --teacher, --nbest, --beam and --batch-size"
+        )
+    return decoded
 
 
 def _options(args: argparse.Namespace) -> DecodeOptions:

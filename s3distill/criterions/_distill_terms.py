@@ -1,6 +1,9 @@
-"""The options of `layer_distill` as the core's own dataclasses."""
+"""The options of distillations as the core's own dataclasses, and a loss that must be finite."""
 
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from s3distill.losses import DistillationTerms, FrameWeights, LossWeights, TemporalWeights
 
@@ -15,6 +18,16 @@ def build_terms(cfg: Any) -> DistillationTerms:
     predicted = None if temporal.active and not any(weights) else LossWeights(*weights, str(cfg.cosine_type))
     frames = FrameWeights(cfg.masked_weight, cfg.unmasked_weight) if cfg.mask_student else None
     return DistillationTerms(predicted, frames, temporal, str(cfg.target_norm))
+
+
+def require_finite(loss: Tensor, model: Any, sample: Any, remedy: str = "") -> None:
+    """Stops a run whose loss is no number, before an optimizer has seen it (`RuntimeError`)."""
+    if not torch.isfinite(loss):
+        raise RuntimeError(
+            f"the loss became {loss.item()} at update {model.num_updates} (utterances {sample['id'].tolist()[:8]}): {remedy}lower "
+            "optimization.lr, train in float32 or bf16 instead of fp16, or check these utterances with `s3distill check`; the last "
+            "checkpoint is untouched"
+        )
 
 
 def parse_layer_weights(text: str) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass import ChoiceEnum
 from torch import Tensor
 
 from s3distill import kernels
@@ -23,17 +23,12 @@ from s3distill.criterions._distill_checks import (
     check_without_heads,
     target_of,
 )
-from s3distill.criterions._distill_terms import build_terms, parse_layer_weights
+from s3distill.criterions._distill_options import HiddenStateOptions, SizeOptions, TemporalOptions
+from s3distill.criterions._distill_terms import build_terms, parse_layer_weights, require_finite
+from s3distill.criterions._size import check_size_options, size_log, target_at_update
 from s3distill.encoder.teacher import Teacher
-from s3distill.gates.lagrangian import target_at
 from s3distill.heads import parse_pairs_per_teacher
-from s3distill.losses import (
-    COSINES,
-    TARGET_NORMS,
-    TEMPORAL_NORMS,
-    TeacherStates,
-    distillation_loss,
-)
+from s3distill.losses import TeacherStates, distillation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -41,26 +36,9 @@ Pairs = Sequence[Tuple[int, int]]  # (student layer, teacher layer)
 
 
 @dataclass
-class LayerDistillConfig(FairseqDataclass):
-    """Options of `layer_distill`; defaults are DPHuBERT's."""
+class LayerDistillConfig(HiddenStateOptions, TemporalOptions, SizeOptions):
+    """Options of `layer_distill`: the shared ones, and masked distillation."""
 
-    l1_weight: float = field(default=1.0, metadata={"help": "weight of mean |prediction - target|"})
-    l2_weight: float = field(default=0.0, metadata={"help": "weight of mean (prediction - target)^2"})
-    cosine_weight: float = field(default=1.0, metadata={"help": "weight of the cosine term"})
-    cosine_type: ChoiceEnum(list(COSINES)) = field(  # type: ignore[valid-type]
-        default="raw", metadata={"help": "raw: -cos; log_sig: -log sigmoid(cos)"}
-    )
-    layer_weights: str = field(
-        default="", metadata={"help": "one weight per matched layer, e.g. '0.1,0.1,1'; empty: 1 each, summed"}
-    )
-    target_norm: ChoiceEnum(list(TARGET_NORMS)) = field(  # type: ignore[valid-type]
-        default="none",
-        metadata={
-            "help": "targets of the heads get zero mean and unit variance: instance: per channel over time (data2vec's for "
-            "speech); layer: per frame over channels; predictions are left as they are"
-        },
-    )
-    # masked distillation
     mask_student: bool = field(
         default=False,
         metadata={"help": "the student hears audio with masked spans (model.mask_prob), the teachers all of it"},
@@ -74,41 +52,6 @@ class LayerDistillConfig(FairseqDataclass):
         metadata={
             "help": "what the teachers hear for the targets of unmasked frames; masked: the student's audio (ARMHuBERT)"
         },
-    )
-    # temporal relations (STaR)
-    temporal_layer_weight: float = field(
-        default=0.0, metadata={"help": "weight of frame-to-frame relations within each layer (STaR: layer-wise)"}
-    )
-    temporal_intra_weight: float = field(
-        default=0.0, metadata={"help": "weight of relations between input and output of each layer (STaR: intra-layer)"}
-    )
-    temporal_inter_weight: float = field(
-        default=0.0, metadata={"help": "weight of relations between consecutive matched layers"}
-    )
-    temporal_layers: str = field(
-        default="",
-        metadata={
-            "help": "layers whose temporal relations are matched, written like model.distill_layers; empty: those"
-        },
-    )
-    temporal_norm: ChoiceEnum(list(TEMPORAL_NORMS)) = field(  # type: ignore[valid-type]
-        default="channels",
-        metadata={"help": "inner products of frames over their number of channels (STaR), or cosine, free of norms"},
-    )
-    target_sparsity: float = field(
-        default=0.0,
-        metadata={"help": "share of the reference cost (model.prune_measure) to remove; needs model.prune_units"},
-    )
-    target_rtf: float = field(
-        default=0.0,
-        metadata={
-            "help": "instead of target_sparsity: real-time factor to reach on the machine of model.latency_table (model.prune_measure="
-            "latency), seconds per second of audio"
-        },
-    )
-    sparsity_warmup: int = field(
-        default=5000,
-        metadata={"help": "updates in which the target rises linearly from 0 (a smaller student: from its own)"},
     )
 
 
@@ -124,14 +67,7 @@ class LayerDistill(FairseqCriterion):
         self.cfg = cfg
         self.terms = build_terms(cfg)
         self.layer_weights = parse_layer_weights(cfg.layer_weights) if cfg.layer_weights else None
-        if not 0 <= cfg.target_sparsity < 1:
-            raise ValueError(
-                f"`criterion.target_sparsity` must be in [0, 1), but is {cfg.target_sparsity}; 0.75 removes 75%"
-            )
-        if cfg.sparsity_warmup < 0:
-            raise ValueError(
-                f"`criterion.sparsity_warmup` counts updates and must be at least 0, but is {cfg.sparsity_warmup}"
-            )
+        check_size_options(cfg)
 
     def check_model(self, model: Any, teachers: Sequence[Teacher]) -> None:
         """What can be wrong between model, teachers and criterion; the task calls it before training starts.
@@ -166,11 +102,7 @@ class LayerDistill(FairseqCriterion):
     def forward(self, model: Any, sample: Any, reduce: bool = True) -> Any:
         """Returns (loss summed over frames, number of frames that count, scalars to log), as fairseq's trainer expects."""
         source, padding_mask = sample["net_input"]["source"], sample["net_input"].get("padding_mask")
-        target_sparsity = None
-        if model.gates is not None:
-            target = target_of(model, self.cfg.target_sparsity, self.cfg.target_rtf)
-            start = min(model.initial_sparsity, target)
-            target_sparsity = target_at(model.num_updates, target, self.cfg.sparsity_warmup, start)
+        target_sparsity = target_at_update(model, self.cfg)
         masked = self._draw_masks(model, sample) if self.cfg.mask_student else None
         conv_features = None
         if model.cfg.shares_extractor:  # in the teacher's precision, whatever the student's is
@@ -199,13 +131,8 @@ class LayerDistill(FairseqCriterion):
         if out["penalty"] is not None:
             # gradients are divided by the summed sample_size over ranks, so a term that is no sum over frames is multiplied
             loss = loss + out["penalty"] * num_frames
-            log |= self._size_log(model, out, target_sparsity, num_frames)
-        if not torch.isfinite(loss):
-            raise RuntimeError(
-                f"the loss became {loss.item()} at update {model.num_updates} (utterances {sample['id'].tolist()[:8]}): lower "
-                "optimization.lr, train in float32 or bf16 instead of fp16, or check these utterances with `s3distill check`; the last "
-                "checkpoint is untouched"
-            )
+            log |= size_log(model, out, target_sparsity, num_frames)
+        require_finite(loss, model, sample)
         log |= {"loss": loss.detach(), "ntokens": num_frames, "nsentences": source.shape[0], "sample_size": num_frames}
         return loss, num_frames, log
 
@@ -262,28 +189,6 @@ class LayerDistill(FairseqCriterion):
             states, _ = teacher.hidden_states(source, padding_mask, predicted, masked, conv_features)
             other = dict(zip(predicted, states, strict=True))
         return TeacherStates(dict(zip(layers, clean, strict=True)), other)
-
-    def _size_log(self, model: Any, out: Any, target_sparsity: Any, num_frames: int) -> dict[str, Any]:
-        """Constraint and gates; weighted by frames, so that sums over batches and ranks average them."""
-        values = {
-            "penalty": out["penalty"].detach(),
-            "expected_sparsity": out["expected_sparsity"].detach(),
-            "target_sparsity": float(target_sparsity or 0.0),
-            **({"expected_rtf": self._expected_rtf(model, out)} if str(model.cfg.prune_measure) == "latency" else {}),
-            "lambda1": model.lagrangian.lambda1.detach(),
-            "lambda2": model.lagrangian.lambda2.detach(),
-        }
-        values |= {
-            f"kept_{unit}_{layer}": float(count)
-            for unit, counts in model.gates.kept_counts().as_dict().items()
-            if unit in model.gates.units
-            for layer, count in enumerate(counts)
-        }
-        return {f"size_{name}": value * num_frames for name, value in values.items()}
-
-    @staticmethod
-    def _expected_rtf(model: Any, out: Any) -> Tensor:
-        return (1 - out["expected_sparsity"].detach()) * model.cfg.reference_cost
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: Any) -> None:

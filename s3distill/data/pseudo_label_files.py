@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from s3distill.data.label_text import LabelText
+from s3distill.data.labelled_split import LabelledSplit
 from s3distill.data.manifest import (
     PathLike,
     read_dictionary,
@@ -49,6 +50,20 @@ class Selection:
     entries: list[NbestEntry] = field(default_factory=list)
     removed: dict[str, list[int]] = field(default_factory=dict)
     num_dropped: int = 0
+
+    def split(self, manifest: Manifest) -> LabelledSplit:
+        """The utterances that stay.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self.indices:
+            counts = ", ".join(f"{name} {len(found)}" for name, found in self.removed.items() if found)
+            raise ValueError(
+                f"an utterance must be left to train on, but all {len(manifest.entries)} of {manifest.path} were removed ({counts}); "
+                "nothing was written: loosen the filters, or use a better teacher"
+            )
+        return LabelledSplit(manifest.root, [manifest.entries[index][1] for index in self.indices], self.entries)
 
 
 def read_reference(path: Path, manifest: Manifest, text: LabelText) -> list[str]:
@@ -181,19 +196,9 @@ class OutputFiles:
                 "another output folder, or pass --dict with it"
             )
 
-    def write(self, manifest: Manifest, selection: Selection, text: LabelText, values: dict[str, Any]) -> None:
-        """Writes all files under temporary names first, then renames them; the manifest comes last.
-
-        Raises:
-            ValueError: no utterance is left; nothing is written.
-        """
-        if not selection.indices:
-            counts = ", ".join(f"{name} {len(found)}" for name, found in selection.removed.items() if found)
-            raise ValueError(
-                f"an utterance must be left to train on, but all {len(manifest.entries)} of {manifest.path} were removed ({counts}); "
-                "nothing was written: loosen the filters, or use a better teacher"
-            )
-        best = [entry.hypotheses[0] for entry in selection.entries]
+    def write(self, split: LabelledSplit, text: LabelText, values: dict[str, Any]) -> None:
+        """Writes all files under temporary names first, then renames them; the manifest comes last."""
+        best = [entry.hypotheses[0] for entry in split.entries]
         lines = [hypothesis.units for hypothesis in best]
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{self.name}.", dir=self.folder) as temporary:
@@ -201,13 +206,14 @@ class OutputFiles:
             write_lines(new.path("ltr"), lines)
             if text.has_words:
                 write_lines(new.path("wrd"), (text.words(line.split()) for line in lines))
-            write_nbest(new.path(ENDING), selection.entries)
+            write_nbest(new.path(ENDING), split.entries)
             write_lines(new.path("conf"), (f"{hypothesis.confidence:.4f}" for hypothesis in best))
             write_lines(new.path("report.json"), [json.dumps(values, indent=2)])
             if not (self.folder / DICTIONARY).exists():
                 counts = collections.Counter(itertools.chain.from_iterable(line.split() for line in lines))
                 write_dictionary(new.folder / DICTIONARY, {symbol: counts[symbol] for symbol in text.symbols})
-            write_manifest(new.path("tsv"), manifest.root, (manifest.entries[index] for index in selection.indices))
+            audio = (entry.audio for entry in split.entries)
+            write_manifest(new.path("tsv"), split.root, zip(audio, split.num_samples, strict=True))
             self.path("tsv").unlink(
                 missing_ok=True
             )  # the old one must not stand beside new labels, should this be killed

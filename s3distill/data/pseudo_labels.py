@@ -175,10 +175,17 @@ def batches_of(manifest: Manifest, batch_size: int) -> list[list[int]]:
 
 
 def mean_posterior(log_probs: Tensor, hypothesis: CtcHypothesis) -> float:
-    """mean_n p_(t_n)(y_n): posterior of each symbol at the frame where it begins, log_probs [T, V]; 1 for an empty hypothesis."""
-    if len(hypothesis.tokens) == 0:
+    """Mean posterior of a hypothesis' symbols over their frames on its best path, log_probs [T, V]; 1 for an empty hypothesis.
+
+    mean p_t(y_n)  over all n and start_n <= t < end_n:  blank frames, the easy ones, are left out
+    """
+    num_frames = hypothesis.ends - hypothesis.timesteps  # [N]
+    if not int(num_frames.sum()):
         return 1.0
-    return min(1.0, float(log_probs[hypothesis.timesteps.cpu(), hypothesis.tokens.cpu()].exp().mean()))
+    symbols = hypothesis.tokens.repeat_interleave(num_frames)
+    first = (num_frames.cumsum(0) - num_frames).repeat_interleave(num_frames)
+    frames = hypothesis.timesteps.repeat_interleave(num_frames) + torch.arange(len(symbols)) - first
+    return min(1.0, float(log_probs[frames, symbols].exp().mean()))
 
 
 def _log_add(a: float, b: float) -> float:

@@ -59,6 +59,11 @@ class ParsedCheckpoint:
     model_options: dict[str, Any] = field(default_factory=dict)
     pretraining_options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def student_options(self) -> dict[str, Any]:
+        """Options of heads and gates: those of a fine-tuned student, where it is one, else of the encoder model."""
+        return self.model_options if "prune_units" in self.model_options else self.pretraining_options
+
 
 def parse_checkpoint(state: Mapping[str, Any], name: str = "the checkpoint") -> ParsedCheckpoint:
     """Takes apart a checkpoint of a supported encoder, pre-trained or fine-tuned.

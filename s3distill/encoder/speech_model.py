@@ -60,11 +60,7 @@ class SpeechModel(nn.Module):
             self.head = bert_linear(width, num_symbols)
             self.head.load_state_dict(checkpoint.head_state)
         self.pooled = checkpoint.pooled
-        self.gates: GateSet | None = None
-        gate_state = {k.partition("gates.")[2]: v for k, v in checkpoint.extra_state.items() if "gates." in k}
-        if gate_state:
-            self.gates = GateSet(checkpoint.config, list(checkpoint.pretraining_options.get("prune_units") or []))
-            self.gates.load_state_dict(gate_state)
+        self.gates = gates_of(checkpoint)
         self.symbols = checkpoint.symbols
         self.normalize = checkpoint.normalize
         self.family = checkpoint.family
@@ -105,6 +101,16 @@ class SpeechModel(nn.Module):
         if self.head is not None:
             logits = self.head(mean_over_frames(out.x, out.padding_mask) if self.pooled else out.x)
         return SpeechOutput(out.hidden_states, out.padding_mask, out.x, logits)
+
+
+def gates_of(checkpoint: ParsedCheckpoint) -> GateSet | None:
+    """The gates of a student that was not pruned yet, or None."""
+    state = {k.partition("gates.")[2]: v for k, v in checkpoint.extra_state.items() if "gates." in k}
+    if not state:
+        return None
+    gates = GateSet(checkpoint.config, list(checkpoint.student_options.get("prune_units") or []))
+    gates.load_state_dict(state)
+    return gates
 
 
 def normalize_waveforms(waveforms: Tensor, padding_mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:

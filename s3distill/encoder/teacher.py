@@ -10,8 +10,9 @@ from torch import Tensor
 from s3distill import kernels
 from s3distill.encoder.checkpoint import ParsedCheckpoint
 from s3distill.encoder.config import EncoderConfig
-from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.model import EncoderOutput, SpeechEncoder
 from s3distill.encoder.speech_model import normalize_waveforms
+from s3distill.gates.values import GateValues
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,19 +78,35 @@ class Teacher:
             per layer [B, T, C] float32, and the frame padding mask [B, T] or None.
         """
         self.check_layers(layers)
+        out = self._run(source, padding_mask, max(layers), masked, conv_features)
+        # cloned outside of inference mode: losses save their targets for the backward pass
+        states = [out.hidden_states[layer].clone().float() for layer in layers]
+        return states, None if out.padding_mask is None else out.padding_mask.clone()
+
+    def _run(
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None,
+        num_layers: int | None,
+        masked: Tensor | None,
+        conv_features: Tensor | None,
+    ) -> EncoderOutput:
         if next(self._encoder.parameters()).device != source.device:
             self._encoder.to(source.device)
         if self.normalizes_itself:
             source = normalize_waveforms(source.float(), padding_mask)
         # autocast is the student's affair: this one has a precision of its own
         with torch.inference_mode(), kernels.without_autocast(source.device):
-            out = self._encoder(
+            out: EncoderOutput = self._encoder(
                 source.to(self.dtype),
                 padding_mask,
-                num_layers=max(layers),
+                gates=self._gate_values(source.device),
+                num_layers=num_layers,
                 masked=masked,
                 conv_features=conv_features,
             )
-        # cloned outside of inference mode: losses save their targets for the backward pass
-        states = [out.hidden_states[layer].clone().float() for layer in layers]
-        return states, None if out.padding_mask is None else out.padding_mask.clone()
+        return out
+
+    def _gate_values(self, device: torch.device) -> GateValues | None:
+        """Values of L0 gates, for teachers that have some."""
+        return None

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
+from s3distill.encoder.dropout import dropout
 from s3distill.encoder.model import EncoderOutput, SpeechEncoder
+from s3distill.gates.values import GateValues
 from s3distill.masks.magnitude import MagnitudePruning
 from s3distill.masks.modules import Masked, bake, mask_module, masked_modules
 from s3distill.masks.options import ENCODER, HEAD, MaskOptions
@@ -78,7 +79,14 @@ class MaskedNetwork(nn.Module):
             module.reset_scores(self.options.init_score, self.options.init_score_scale, generator)
 
     def forward(
-        self, source: Tensor, padding_mask: Tensor | None = None, mask: bool = False, frozen_encoder: bool = False
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None = None,
+        mask: bool = False,
+        frozen_encoder: bool = False,
+        gates: GateValues | None = None,
+        masked: Tensor | None = None,
+        conv_features: Tensor | None = None,
     ) -> tuple[Tensor, EncoderOutput]:
         """Waveforms to logits.
 
@@ -87,13 +95,16 @@ class MaskedNetwork(nn.Module):
             padding_mask: [B, S], True = padding, or None.
             mask: apply SpecAugment's masks.
             frozen_encoder: no gradient below the head.
+            gates, masked, conv_features: of `SpeechEncoder.forward`.
         Returns:
             Logits [B, T, V], with ``pool`` [B, V], and what the encoder gave.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_encoder):
-            out = self.w2v_model(source, padding_mask, mask=mask)
+            out = self.w2v_model(
+                source, padding_mask, mask=mask, gates=gates, masked=masked, conv_features=conv_features
+            )
         x = mean_over_frames(out.x, out.padding_mask) if self.pool else out.x
-        return self.proj(F.dropout(x, self.final_dropout, self.training)), out
+        return self.proj(dropout(x, self.final_dropout, self.training)), out
 
     def prune(self, num_updates: int) -> None:
         """In front of each training forward: what `MagnitudePruning` has to do after ``num_updates`` updates, if it is used."""

@@ -34,6 +34,11 @@ def pack_run(
         ValueError: the run has no masks, or its masked weights are not the backbone's (it trained them, or it is of another
             backbone): a mask alone cannot give that model.
     """
+    if any("gates." in key for key in run.extra_state):
+        raise ValueError(
+            f"{run_name} cannot be packed: it has gates beside its masks, and a pruned encoder has another backbone; cut both into a "
+            "compact model: s3distill prune RUN compact.pt"
+        )
     masks = read_masks(run, run_name)
     if not masks:
         raise ValueError(

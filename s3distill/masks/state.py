@@ -53,7 +53,7 @@ def adopt_state(network: MaskedNetwork, state: Mapping[str, Tensor], masks_only:
         _copy({masked[name].scores: found[name] for name in wanted})
         logger.info("took the scores of %d masks, and nothing else", len(wanted))
         return
-    _load_weights(network, state)
+    load_weights(network, state)
     if found:
         _copy({masked[name].scores: found[name] for name in wanted})
     else:
@@ -88,7 +88,7 @@ def _check_scores(masked: Mapping[str, object], wanted: list[str], found: Mappin
             )
 
 
-def _load_weights(network: MaskedNetwork, state: Mapping[str, Tensor]) -> None:
+def load_weights(network: MaskedNetwork, state: Mapping[str, Tensor]) -> None:
     """Everything but scores, by name; all must be there and fit."""
     own = {name: p for name, p in network.state_dict(keep_vars=True).items() if not name.endswith(SCORES)}
     known = tuple(f"{ENCODER}.{prefix}" for prefix in PARAMETER_PREFIXES)
@@ -171,7 +171,7 @@ def _network_of(checkpoint: ParsedCheckpoint, head_state: Mapping[str, Tensor]) 
     if checkpoint.scores:
         adopt_state(network, state)
     else:
-        _load_weights(network, state)
+        load_weights(network, state)
     return network.eval()
 
 

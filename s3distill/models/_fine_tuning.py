@@ -1,22 +1,21 @@
-"""What fine-tuned models share: the backbone that ``w2v_path`` names, and fairseq's interface around encoder and head."""
+"""What fine-tuned models share: encoder and head behind fairseq's interface, and how they are built."""
 
 # no `from __future__ import annotations`: used by files whose config fields fairseq reads
 import logging
-from argparse import Namespace
-from dataclasses import dataclass, fields
-from typing import Any, Dict, Optional
+from dataclasses import fields
+from typing import Any, Dict, Optional, Tuple
 
 from fairseq.models import BaseFairseqModel
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from s3distill import compat
-from s3distill.encoder.checkpoint import FAMILIES, config_from_options, parse_checkpoint
 from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
+from s3distill.encoder.model import EncoderOutput
 from s3distill.masks.modules import kept_share
 from s3distill.masks.network import MaskedNetwork, check_something_learns, trained_names
 from s3distill.masks.options import HEAD, MaskOptions
 from s3distill.masks.state import SCORES, adopt_state
+from s3distill.models._backbone import Backbone, read_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -25,54 +24,6 @@ _WITHOUT_EFFECT = {
     **{"freeze_regex": None, "load_ema": False, "layer_decay": 1, "zero_mask": False, "offload_activations": False},
     **{"drop_path": 0, "layer_type": "transformer", "adp_num": -1},
 }
-
-
-@dataclass
-class Backbone:
-    """Shape of the encoder, and its weights where they come from ``w2v_path`` (None: a checkpoint follows)."""
-
-    config: EncoderConfig
-    encoder_state: Optional[Dict[str, Tensor]]
-
-
-def read_backbone(cfg: Any) -> Backbone:
-    """The encoder that ``cfg.w2v_path`` or, in a checkpoint, ``cfg.w2v_args`` describes; fills ``cfg.w2v_args``.
-
-    Raises:
-        FileNotFoundError, ValueError: the file is missing or no pre-trained encoder, or ``task.normalize`` is not its own.
-    """
-    if cfg.w2v_args is not None:
-        nested = cfg.w2v_args
-        if OmegaConf.is_config(nested):
-            nested = OmegaConf.to_container(nested, resolve=True)
-        if isinstance(nested, Namespace):
-            nested = vars(nested)
-        options = nested["model"] if isinstance(nested.get("model"), dict) else nested
-        name = str(options.get("_name") or options.get("arch") or "wav2vec2")
-        family = next((f for f in FAMILIES if name.startswith(f)), "wav2vec2")
-        return Backbone(config_from_options(options, family), None)
-    parsed = parse_checkpoint(compat.load_checkpoint(cfg.w2v_path), cfg.w2v_path)
-    if parsed.normalize != bool(cfg.normalize):
-        raise ValueError(
-            f"`task.normalize` must be what the backbone was trained with: {cfg.w2v_path} has normalize={parsed.normalize}, but the task "
-            f"has {bool(cfg.normalize)}; pass task.normalize={str(parsed.normalize).lower()}"
-        )
-    if any("gates." in name for name in parsed.extra_state):
-        raise ValueError(
-            f"{cfg.w2v_path} has gates that were not pruned yet; cut them first: s3distill prune {cfg.w2v_path} compact.pt"
-        )
-    if parsed.scores:
-        raise ValueError(
-            f"{cfg.w2v_path} has masks beside its weights, which would be lost here; multiply them in first: s3distill masks bake "
-            f"{cfg.w2v_path} dense.pt, or start from its masks with checkpoint.finetune_from_model"
-        )
-    # the keys of a file that fairseq wrote: task and model of the pre-training
-    cfg.w2v_args = {
-        "task": {"_name": "audio_pretraining", "data": "", "normalize": parsed.normalize},
-        "model": {**parsed.pretraining_options, "_name": parsed.family},
-    }
-    state = None if cfg.no_pretrained_weights else parsed.encoder_state
-    return Backbone(parsed.config, state)
 
 
 class FineTunedEncoder(MaskedNetwork):
@@ -101,12 +52,26 @@ class FineTunedEncoder(MaskedNetwork):
         self.apply_mask = cfg.apply_mask
         self.freeze_finetune_updates, self.num_updates = cfg.freeze_finetune_updates, 0
 
-    def run(self, source: Tensor, padding_mask: Optional[Tensor]) -> Dict[str, Any]:
-        """[B, S] -> ``encoder_out`` [T, B, V] (with pooling [B, V]), ``padding_mask`` [B, T] or None, ``layer_results``."""
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the head alone learns at this update (``freeze_finetune_updates``)."""
+        return self.training and self.num_updates < self.freeze_finetune_updates
+
+    def encode(
+        self, source: Tensor, padding_mask: Optional[Tensor], **options: Any
+    ) -> Tuple[Dict[str, Any], EncoderOutput]:
+        """What `run` gives, and the encoder's output; ``options`` are `MaskedNetwork.forward`'s."""
         if self.training:
             self.prune(self.num_updates)
-        frozen = self.training and self.num_updates < self.freeze_finetune_updates
-        logits, out = self(source, padding_mask, mask=self.apply_mask and self.training, frozen_encoder=frozen)
+        mask = self.apply_mask and self.training
+        logits, out = self(source, padding_mask, mask=mask, frozen_encoder=self.is_frozen, **options)
+        return self._as_fairseq(logits, out), out
+
+    def run(self, source: Tensor, padding_mask: Optional[Tensor]) -> Dict[str, Any]:
+        """[B, S] -> ``encoder_out`` [T, B, V] (with pooling [B, V]), ``padding_mask`` [B, T] or None, ``layer_results``."""
+        return self.encode(source, padding_mask)[0]
+
+    def _as_fairseq(self, logits: Tensor, out: EncoderOutput) -> Dict[str, Any]:
         return {
             "encoder_out": logits if self.pool else logits.transpose(0, 1),
             "padding_mask": out.padding_mask,
@@ -170,16 +135,33 @@ def build_masked(cfg: Any, num_outputs: int, pool: bool = False) -> FineTunedEnc
     """Options, backbone, head, masks; what was read goes into ``cfg.w2v_args``, so that checkpoints rebuild alone."""
     rebuilds = cfg.w2v_args is not None  # from a checkpoint, which may have been trained with what is refused below
     if not rebuilds:
-        _check_without_effect(cfg)
-    options = MaskOptions.from_mapping(vars(cfg) if not hasattr(cfg, "items") else cfg)
+        check_without_effect(cfg)
+    options = mask_options(cfg)
     backbone = read_backbone(cfg)
     if not rebuilds:
         options.check_start(backbone.config.num_layers)
-    network = FineTunedEncoder(cfg, backbone.config, num_outputs, extractor_learns(cfg, options), pool)
+    return build_network(cfg, backbone, num_outputs, options, pool)
+
+
+def mask_options(cfg: Any) -> MaskOptions:
+    """The options of S3-Router among a model's."""
+    return MaskOptions.from_mapping(vars(cfg) if not hasattr(cfg, "items") else cfg)
+
+
+def build_network(
+    cfg: Any, backbone: Backbone, num_outputs: int, options: Optional[MaskOptions], pool: bool = False
+) -> FineTunedEncoder:
+    """Encoder and head with the weights of the backbone, and masks over them; ``options`` None: no masks, everything learns."""
+    through_extractor = options is not None and extractor_learns(cfg, options)
+    network = FineTunedEncoder(cfg, backbone.config, num_outputs, through_extractor, pool)
     if backbone.encoder_state is not None:
-        network.w2v_model.load_encoder_state(backbone.encoder_state, str(cfg.w2v_path))
+        network.w2v_model.load_encoder_state(backbone.encoder_state, backbone.path)
+    if backbone.head_state is not None:
+        network.proj.load_state_dict(backbone.head_state)
+    if options is None:
+        return network
     network.add_masks(options)
-    if not cfg.feature_grad_mult and extractor_learns(cfg, options):  # gradients pass for the scores alone
+    if not cfg.feature_grad_mult and through_extractor:  # gradients pass for the scores alone
         for name, parameter in network.w2v_model.feature_extractor.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name.endswith(SCORES))
     if not cfg.eval_only:
@@ -191,7 +173,7 @@ def build_masked(cfg: Any, num_outputs: int, pool: bool = False) -> FineTunedEnc
     return network
 
 
-def _check_without_effect(cfg: Any) -> None:
+def check_without_effect(cfg: Any) -> None:
     """Refuses options of stock `wav2vec_ctc` that this encoder has nothing for."""
     for name, default in _WITHOUT_EFFECT.items():
         value = getattr(cfg, name, default)

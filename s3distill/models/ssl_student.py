@@ -1,11 +1,10 @@
 """`ssl_student`: a speech encoder that is distilled, gated and pruned, and fine-tunes like any pre-trained fairseq model."""
 
 # no `from __future__ import annotations`: fairseq reads the types of config fields
-import logging
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, List, Optional
 
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass import ChoiceEnum
 from fairseq.models import BaseFairseqModel, register_model
 from omegaconf import II
 from torch import Tensor
@@ -13,29 +12,18 @@ from torch import Tensor
 from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options
 from s3distill.encoder.config import ACTIVATIONS, EXTRACTOR_MODES, EncoderConfig, MaskConfig, TrainingConfig
 from s3distill.encoder.layer_choice import NO_LAYERS
-from s3distill.encoder.model import PARAMETER_PREFIXES, EncoderOutput, SpeechEncoder
+from s3distill.encoder.model import PARAMETER_PREFIXES, SpeechEncoder
 from s3distill.encoder.variants import ATTENTIONS, SHARED
-from s3distill.gates import MEASURES, UNITS, GateCounts, GateSet, Lagrangian, check_target, count_cost, sparsity
-from s3distill.heads import (
-    INITS,
-    MODES,
-    SHARINGS,
-    HeadsConfig,
-    TeacherHeads,
-    match_frames,
-    parse_pairs_per_teacher,
-    without_prediction,
-)
-from s3distill.models._latency import measure_of, read_table
+from s3distill.models._gate_options import GateOptions
+from s3distill.models._head_options import HeadOptions
+from s3distill.models._student_parts import StudentParts, fill_options
 from s3distill.models._student_start import read_start
-
-logger = logging.getLogger(__name__)
 
 MASK_SELECTIONS = ChoiceEnum(["static", "uniform", "normal", "poisson"])
 
 
 @dataclass
-class SslStudentConfig(FairseqDataclass):
+class SslStudentConfig(HeadOptions, GateOptions):
     """Options of `ssl_student`; those that wav2vec 2.0 has too carry its names."""
 
     student_path: Optional[str] = field(
@@ -161,75 +149,12 @@ class SslStudentConfig(FairseqDataclass):
     mask_channel_before: bool = field(default=False, metadata={"help": "mask channels before frames"})
     require_same_masks: bool = field(default=True, metadata={"help": "equally many masked frames in every utterance"})
     mask_dropout: float = field(default=0.0, metadata={"help": "share of masked frames that are opened again"})
-    # prediction heads
-    distill_layers: str = field(
-        default="",
-        metadata={
-            "help": "layers to match, e.g. '0,4,8,12' (same index in student and teacher) or '0:0,2:4' (student:teacher); "
-            "0 = what enters the first layer; several teachers: the same for all, or one list each, split by ';'; empty: no heads"
-        },
-    )
-    head_mode: ChoiceEnum(list(MODES)) = field(  # type: ignore[valid-type]
-        default="layer2layer",
-        metadata={"help": "layer2layer: each from its own student layer; predlayer: all from the last one"},
-    )
-    head_sharing: ChoiceEnum(list(SHARINGS)) = field(  # type: ignore[valid-type]
-        default="shared",
-        metadata={
-            "help": "of layer2layer: shared (layer 0 has its own head, the others one in common) or own (one per layer)"
-        },
-    )
-    head_init: ChoiceEnum(list(INITS)) = field(  # type: ignore[valid-type]
-        default="identity",
-        metadata={
-            "help": "of layer2layer: identity (truncated where widths differ), least_squares (fitted at the start) or default (random)"
-        },
-    )
-    head_hidden_dim: int = field(
-        default=0,
-        metadata={
-            "help": "of predlayer: inner width of each head; 0: that of student_path's heads, else the student's width"
-        },
-    )
-    teacher_dim: int = field(default=0, metadata={"help": "width of the teacher; 0: taken from the task's teacher"})
-    extra_teacher_dims: List[int] = field(
-        default_factory=list,
-        metadata={"help": "widths of further teachers; empty: taken from the task's (task.extra_teacher_paths)"},
-    )
-    # L0 gates
-    prune_units: List[str] = field(
-        default_factory=list,
-        metadata={"help": f"structures with L0 gates, of {', '.join(UNITS)}; empty: nothing is pruned"},
-    )
-    prune_measure: ChoiceEnum([*MEASURES, "latency"]) = field(  # type: ignore[valid-type]
-        default="params",
-        metadata={
-            "help": "what sparsity counts: parameters, MACs per second of audio, or latency (model.latency_table)"
-        },
-    )
-    latency_table: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "of prune_measure=latency: what `s3distill latency-table` wrote for student_path on the target machine"
-        },
-    )
-    latency: Optional[str] = field(
-        default=None,
-        metadata={"help": "that table as JSON; filled in when training starts, so that checkpoints rebuild alone"},
-    )
-    gate_init_drop: float = field(default=0.01, metadata={"help": "probability that a gate is closed at the start"})
-    reference_cost: float = field(
-        default=0.0,
-        metadata={
-            "help": "cost that sparsity is relative to; 0: the task's teacher's, else the student's own (of latency, that of the table)"
-        },
-    )
     normalize: bool = II("task.normalize")
     seed: int = II("common.seed")
 
 
 @register_model("ssl_student", dataclass=SslStudentConfig)
-class SslStudent(SpeechEncoder, BaseFairseqModel):
+class SslStudent(StudentParts, SpeechEncoder, BaseFairseqModel):
     """The encoder under fairseq's keys, plus ``heads.*``, ``gates.*`` and ``lagrangian.*`` while it is distilled."""
 
     def __init__(self, cfg: SslStudentConfig, config: EncoderConfig) -> None:
@@ -248,29 +173,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         if cfg.shares_extractor:  # an optimizer with flat parameters would decay them
             self.feature_extractor.requires_grad_(False)
         self.num_updates = 0
-        self.heads_loaded = False
-        self.measure = measure_of(cfg, config)
-        self.heads: TeacherHeads | None = None
-        self.gates: GateSet | None = None
-        self.lagrangian: Lagrangian | None = None
-        if cfg.distill_layers:
-            self.heads = TeacherHeads(_heads_configs(cfg, config))
-        if cfg.prune_units and config.output is not None:
-            raise ValueError(
-                "`model.prune_units` cannot gate a student that keeps its prediction heads (s3distill keep-heads); prune first, then keep "
-                "them"
-            )
-        if self.heads is not None and config.time_reduction > 1 and "width" in cfg.prune_units:
-            raise ValueError(
-                "`model.prune_units` cannot have 'width' where prediction heads bring reduced frames back (model.time_reduction="
-                f"{config.time_reduction}): their transposed convolutions are of that width; take 'width' out"
-            )
-        if cfg.prune_units:
-            self.gates = GateSet(config, list(cfg.prune_units), init_drop=cfg.gate_init_drop)
-            self.lagrangian = Lagrangian()
-            for module, group in ((self.gates, "gate"), (self.lagrangian, "multiplier")):
-                for parameter in module.parameters():
-                    parameter.param_group = group  # the optimizer gives these groups their own learning rate
+        self.add_parts(cfg, config)
 
     @classmethod
     def build_model(cls, cfg: SslStudentConfig, task: Any) -> "SslStudent":
@@ -285,62 +188,19 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
         config = replace(config, group_norm_over_padding=bool(cfg.group_norm_over_padding))
         cfg.encoder = config.to_json()
         cfg.encoder_embed_dim = config.output_dim  # what fine-tuning builds its head for
-        if (
-            start is not None and str(cfg.head_mode) == "predlayer"
-        ):  # heads of a student whose width was cut keep theirs
-            cfg.head_hidden_dim = cfg.head_hidden_dim or int(start.pretraining_options.get("head_hidden_dim") or 0)
-        num_others = getattr(task, "num_teachers", 1) - 1
-        dims_are_known = cfg.teacher_dim and len(cfg.extra_teacher_dims) >= num_others
-        needs_teacher = (cfg.distill_layers and not dims_are_known) or (cfg.prune_units and not cfg.reference_cost)
-        teachers = getattr(task, "teachers", []) if needs_teacher else []
-        if teachers and cfg.distill_layers:
-            groups = parse_pairs_per_teacher(cfg.distill_layers, len(teachers))
-            for teacher, pairs in zip(teachers, groups, strict=True):
-                teacher.check_layers([t for _, t in pairs])
-            cfg.teacher_dim = cfg.teacher_dim or teachers[0].config.embed_dim
-            cfg.extra_teacher_dims = list(cfg.extra_teacher_dims) or [t.config.embed_dim for t in teachers[1:]]
-        elif cfg.distill_layers and not cfg.teacher_dim:
-            cfg.teacher_dim = config.embed_dim
-        if cfg.latency_table and not cfg.latency:
-            cfg.latency = read_table(cfg.latency_table).to_json()
-        if cfg.prune_units and not cfg.reference_cost:
-            by_table = str(cfg.prune_measure) == "latency"  # the table knows no other shape than the student's
-            whole = teachers[0].config if teachers and not by_table else config
-            cfg.reference_cost = float(count_cost(whole, None, measure_of(cfg, config)))
+        fill_options(cfg, config, task, start)
         model = cls(cfg, config)
         if start is not None:
             model._load_start(start, str(cfg.student_path))
         return model
 
     def _load_start(self, start: ParsedCheckpoint, path: str) -> None:
-        """Weights of the student, and heads where the file has them in the same shape."""
+        """Weights of the student, its gates, and heads where the file has them in the same shape."""
         state = start.encoder_state
         if self.cfg.init_layers == NO_LAYERS:
             state = {name: v for name, v in self.state_dict().items() if name.startswith(PARAMETER_PREFIXES)} | state
         self.load_encoder_state(state, path)
-        gates = {k.removeprefix("gates."): v for k, v in start.extra_state.items() if k.startswith("gates.")}
-        if gates:
-            own = {} if self.gates is None else {k: v.shape for k, v in self.gates.state_dict().items()}
-            if self.gates is None or own != {k: v.shape for k, v in gates.items()}:
-                raise ValueError(
-                    f"{path} has gates that were not pruned yet (model.prune_units={start.pretraining_options.get('prune_units')}); cut "
-                    "them first with `s3distill prune`, or go on training them with the same model.prune_units"
-                )
-            self.gates.load_state_dict(gates)
-        if self.heads is None:
-            return
-        found = {k.removeprefix("heads."): v for k, v in start.extra_state.items() if k.startswith("heads.")}
-        options = ("distill_layers", "head_mode", "head_sharing")
-        differing = [o for o in options if str(start.pretraining_options.get(o)) != str(getattr(self.cfg, o))]
-        self.heads_loaded = not differing and self.heads.load_matching(found)
-        if found and not self.heads_loaded:
-            logger.warning(
-                "heads of %s are left out (%s differ); they start from %s",
-                path,
-                differing or "shapes",
-                self.heads.config.init,
-            )
-        logger.info("student starts from %s%s", path, ", its heads come along" if self.heads_loaded else "")
+        self.load_parts(start, path)
 
     def forward(
         self,
@@ -368,9 +228,7 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             frame rate, ``expected_sparsity`` and ``penalty`` (scalars, None without gates).
         """
         assert self.heads is not None or num_layers is not None, "a student needs heads, or layers to compare"
-        gates = None
-        if self.gates is not None:
-            gates = self.gates.sample(self.cfg.seed + self.num_updates) if self.training else self.gates.deterministic()
+        gates = self.gate_values()
         deepest = max(num_layers or 0, self.heads.deepest_layer if self.heads is not None else 0)
         out = SpeechEncoder.forward(
             self,
@@ -382,13 +240,8 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             masked=masked,
             conv_features=conv_features,
         )
-        expected, penalty = None, None
-        if self.gates is not None:
-            assert self.lagrangian is not None
-            expected = self.expected_sparsity()
-            if target_sparsity is not None:
-                penalty = self.lagrangian(expected, target_sparsity)
-        predictions, padding_mask = self._predict(out)
+        expected, penalty = self.size_constraint(target_sparsity)
+        predictions, padding_mask = self.predict(out)
         return {
             "predictions": predictions[0] if predictions else [],
             "other_predictions": predictions[1:],
@@ -398,33 +251,6 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
             "expected_sparsity": expected,
             "penalty": penalty,
         }
-
-    def _predict(self, out: EncoderOutput) -> tuple[list[list[Tensor]], Tensor | None]:
-        """Per teacher its heads' predictions, [B, T, C_teacher] each, and which frames of the teacher have none, [B, T]."""
-        if self.heads is None:
-            return [], out.padding_mask
-        predictions = [self.heads(out.hidden_states), *self.heads.predict_others(out.hidden_states)]
-        factor = self.config.time_reduction
-        if factor == 1:
-            return predictions, out.padding_mask
-        batch_size, num_frames, _ = out.features.shape
-        mask = without_prediction(out.padding_mask, factor, batch_size, num_frames, out.features.device)
-        return [[match_frames(p, num_frames) for p in group] for group in predictions], mask
-
-    def expected_sparsity(self) -> Tensor:
-        """Share of the reference cost that the gates are expected to remove; scalar, differentiable in the gates."""
-        assert self.gates is not None
-        counts = self.gates.expected_counts()
-        return sparsity(self.config, counts, self.measure, self.cfg.reference_cost)  # type: ignore[return-value]
-
-    @property
-    def initial_sparsity(self) -> float:
-        """Sparsity with every gate open: 0, or more where the student is smaller than what sparsity refers to."""
-        return float(sparsity(self.config, GateCounts.full(self.config), self.measure, self.cfg.reference_cost))
-
-    def check_target_sparsity(self, target: float) -> None:
-        """Refuses a target that closing every gate cannot reach (`ValueError`)."""
-        check_target(self.config, list(self.cfg.prune_units), target, self.measure, self.cfg.reference_cost)
 
     def extract_features(
         self, source: Tensor, padding_mask: Tensor | None, mask: bool = False, layer: int | None = None, **_: Any
@@ -465,22 +291,3 @@ class SslStudent(SpeechEncoder, BaseFairseqModel):
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)
         self.num_updates = num_updates
-
-
-def _heads_configs(cfg: SslStudentConfig, config: EncoderConfig) -> list[HeadsConfig]:
-    """One per teacher."""
-    dims = [cfg.teacher_dim, *cfg.extra_teacher_dims]
-    return [
-        HeadsConfig(
-            pairs=pairs,
-            student_dim=config.embed_dim,
-            teacher_dim=dim,
-            num_student_layers=config.num_layers,
-            mode=str(cfg.head_mode),
-            sharing=str(cfg.head_sharing),
-            init=str(cfg.head_init),
-            upsample=config.time_reduction,
-            hidden_dim=cfg.head_hidden_dim,
-        )
-        for pairs, dim in zip(parse_pairs_per_teacher(cfg.distill_layers, len(dims)), dims, strict=True)
-    ]

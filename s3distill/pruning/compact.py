@@ -22,6 +22,7 @@ class CompactStudent:
 
     Attributes:
         config, state: shape and encoder parameters of the compact student.
+        head_state: its CTC head, ``weight`` [V, C] and ``bias`` [V], or None.
         plan: what stays of the gated one.
         kept: structures that the gates keep, in the terms of the gated student (a latency table's).
         before, after: structures before and after, by unit and layer (for `count_parameters` and the report).
@@ -30,6 +31,7 @@ class CompactStudent:
 
     config: EncoderConfig
     state: dict[str, Tensor]
+    head_state: dict[str, Tensor] | None
     plan: PruningPlan
     kept: GateCounts
     before: GateCounts
@@ -44,10 +46,10 @@ def load_gates(student: ParsedCheckpoint, name: str) -> GateSet:
         ValueError: it has none.
     """
     found = {k.removeprefix("gates."): v for k, v in student.extra_state.items() if k.startswith("gates.")}
-    units = list(student.pretraining_options.get("prune_units") or [])
+    units = list(student.student_options.get("prune_units") or [])
     if not found or not units:
         raise ValueError(
-            f"{name} has no gates to prune by; it must be an `ssl_student` that was trained with e.g. "
+            f"{name} has no gates to prune by; it must be an `ssl_student` or `wav2vec_ctc_student` that was trained with e.g. "
             "model.prune_units=[conv,head,ffn] and criterion.target_sparsity"
         )
     gates = GateSet(student.config, units)
@@ -61,7 +63,7 @@ def prune_student(
     """Cuts the closed gates out of a student and checks that nothing else changed.
 
     Args:
-        student: a gated `ssl_student`.
+        student: a gated `ssl_student` or `wav2vec_ctc_student`; masks must be multiplied in (`masks.state.baked`).
         source: audio for the check, [B, S], 16 kHz, normalised as the student wants it.
         padding_mask: [B, S], True = padding, or None.
     Raises:
@@ -74,14 +76,17 @@ def prune_student(
     gated, compact = SpeechEncoder(student.config), SpeechEncoder(config)
     gated.load_encoder_state(student.encoder_state, name)
     compact.load_encoder_state(state, "the cut state")
-    equivalence = compare(gated, values, compact, source, padding_mask)
+    head, compact_head = student.head_state, None
+    if head is not None:
+        compact_head = {**head, "weight": head["weight"][:, plan.width.indices].clone()}
+    equivalence = compare(gated, values, compact, source, padding_mask, head, compact_head)
     if not equivalence.holds:
         raise RuntimeError(
-            f"the pruned student differs from the gated one: relative error {equivalence.relative_error:.1e} at hidden state "
-            f"{equivalence.layer}, allowed are {TOLERANCE:.0e}; nothing was written. Is the audio silent or the checkpoint diverged? "
+            f"the pruned student differs from the gated one: relative error {equivalence.relative_error:.1e} at "
+            f"{equivalence.place}, allowed are {TOLERANCE:.0e}; nothing was written. Is the audio silent or the checkpoint diverged? "
             "Otherwise please report it"
         )
     kept = GateCounts.from_values(student.config, values)
     return CompactStudent(
-        config, state, plan, kept, GateCounts.full(student.config), GateCounts.full(config), equivalence
+        config, state, compact_head, plan, kept, GateCounts.full(student.config), GateCounts.full(config), equivalence
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from s3distill.encoder.model import SpeechEncoder
@@ -18,7 +20,14 @@ class Equivalence:
     """Largest deviation between gated and compact encoder, relative to each hidden state's largest absolute value."""
 
     relative_error: float
-    layer: int  # hidden state with the largest deviation
+    layer: int  # hidden state with the largest deviation; behind the last one: the output, then the logits
+    num_states: int = 0  # hidden states that were compared, the output not counted
+
+    @property
+    def place(self) -> str:
+        """Where the largest deviation is, for messages."""
+        beyond = {self.num_states: "the output", self.num_states + 1: "the logits"}
+        return beyond.get(self.layer, f"hidden state {self.layer}") if self.num_states else f"hidden state {self.layer}"
 
     @property
     def holds(self) -> bool:
@@ -27,13 +36,20 @@ class Equivalence:
 
 @torch.no_grad()
 def compare(
-    gated: SpeechEncoder, gates: GateValues, compact: SpeechEncoder, source: Tensor, padding_mask: Tensor | None = None
+    gated: SpeechEncoder,
+    gates: GateValues,
+    compact: SpeechEncoder,
+    source: Tensor,
+    padding_mask: Tensor | None = None,
+    head: Mapping[str, Tensor] | None = None,
+    compact_head: Mapping[str, Tensor] | None = None,
 ) -> Equivalence:
     """Runs both encoders in eval mode on the same audio.
 
     Args:
         gates: deterministic gate values of ``gated``.
         source: [B, S], 16 kHz; ``padding_mask`` [B, S], True = padding, or None.
+        head, compact_head: ``weight`` [V, C] and ``bias`` [V] of both CTC heads, whose logits are compared too, or None.
     """
     was_training = gated.training, compact.training
     reference = SpeechEncoder.forward(gated.eval(), source, padding_mask, gates=gates)
@@ -45,8 +61,16 @@ def compare(
     valid = slice(None) if reference.padding_mask is None else ~reference.padding_mask
     pairs = zip([*reference.hidden_states, reference.x], [*result.hidden_states, result.x], strict=True)
     for i, (expected, got) in enumerate(pairs):
-        expected = expected[..., stays]
-        difference = (got[valid] - expected[valid]).abs().max() / expected[valid].abs().max().clamp_min(1e-12)
+        difference = _relative(expected[..., stays][valid], got[valid])
         if not difference <= worst:  # also catches NaN
-            worst, layer = float(difference), i
-    return Equivalence(worst, layer)
+            worst, layer = difference, i
+    if head is not None and compact_head is not None:
+        expected, got = F.linear(reference.x, **head), F.linear(result.x, **compact_head)
+        difference = _relative(expected[valid], got[valid])
+        if not difference <= worst:
+            worst, layer = difference, len(reference.hidden_states) + 1
+    return Equivalence(worst, layer, len(reference.hidden_states))
+
+
+def _relative(expected: Tensor, got: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -97,12 +97,12 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
         return BankModel(self.bank, self.cfg.mask_name)
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        if getattr(cfg, "_name", None) == "ctc":
+        if getattr(cfg, "_name", None) in ("ctc", "ctc_distill"):
             try:
                 importlib.import_module("editdistance")
             except ImportError as error:  # fairseq's criterion would fail at the first validation, an epoch later
                 raise RuntimeError(
-                    "criterion `ctc` needs the package editdistance to validate; run: pip install editdistance"
+                    f"criterion `{cfg._name}` needs the package editdistance to validate; run: pip install editdistance"
                 ) from error
         return super().build_criterion(cfg, from_checkpoint)
 

@@ -20,6 +20,7 @@ from s3distill.losses import normalize_target
 from s3distill.masks.state import baked
 from s3distill.tasks._audio import SeededCropDataset, check_split
 from s3distill.tasks._autocast import AUTOCAST_DTYPES, AutocastSteps, check_autocast
+from s3distill.tasks._diverged import require_finite_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -177,14 +178,8 @@ class AudioDistillTask(AutocastSteps, AudioPretrainingTask):
 
         At the end of an epoch fairseq may save without a validation, so that nothing has seen the last update's weights.
         """
-        parameters = self._model.named_parameters() if self._model is not None else ()
-        broken = [name for name, parameter in parameters if not bool(parameter.isfinite().all())]
-        if broken:
-            raise RuntimeError(
-                f"the training diverged: {', '.join(broken[:5])} ({len(broken)} parameters in all) hold NaN or infinity, so this "
-                "checkpoint is not written and the last one is untouched; lower optimization.lr, optimizer.gate_lr or "
-                "optimizer.multiplier_lr"
-            )
+        if self._model is not None:
+            require_finite_parameters(self._model)
         return dict(super().state_dict())
 
     def _fit_heads(self, model: Any, target_norm: str) -> None:

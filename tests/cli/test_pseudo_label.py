@@ -40,6 +40,7 @@ def write_teacher(path: Path, symbols: list[str] | None, head: bool = True) -> P
     state = {f"w2v_encoder.w2v_model.{k}": v for k, v in encoder.state_dict().items()}
     bias = torch.zeros(8)
     bias[1:4] = -50.0  # special symbols are never spoken
+    bias[7] = -1.0  # C now and then
     if head:
         state |= {"w2v_encoder.proj.weight": torch.randn(8, 16), "w2v_encoder.proj.bias": bias}
     options = {"_name": "wav2vec_ctc", "w2v_args": {"model": {"_name": "wav2vec2", **OPTIONS}, "task": {}}}
@@ -275,3 +276,38 @@ def test_the_manifest_itself_is_never_overwritten(
     assert label(manifest.parent, "--overwrite") == 2
     assert "must not overwrite the manifest that they are made of" in capsys.readouterr().err
     assert manifest.read_bytes() == before
+
+
+def test_labelled_utterances_can_stand_in_front(label: Callable[..., int], manifest: Path, tmp_path: Path) -> None:
+    gold = tmp_path / "gold"
+    gold.mkdir()
+    soundfile.write(gold / "g.wav", np.zeros(9000), 16000)
+    write_manifest(gold / "labelled.tsv", ".", [("g.wav", 9000)])
+    (gold / "labelled.ltr").write_text("A B | C\n")
+    label(tmp_path / "alone", "--nbest", "2")
+    assert label(tmp_path / "joined", "--nbest", "2", "--add", str(gold / "labelled.tsv")) == 0
+    written = read_manifest(tmp_path / "joined" / "pool.tsv")
+    assert check_manifest(written.path, ["ltr", "wrd"], progress=False) == []
+    first, *others = read_nbest(nbest_path(written.path), written, SYMBOLS[4:])
+    assert written.audio_path(0) == gold / "g.wav"
+    assert [(h.units, h.score, h.confidence) for h in first.hypotheses] == [("A B | C |", 0.0, 1.0)]
+    alone = read_manifest(tmp_path / "alone" / "pool.tsv")
+    assert [e.hypotheses for e in others] == [e.hypotheses for e in read_nbest(nbest_path(alone.path), alone)]
+    assert [written.audio_path(i + 1) for i in range(len(others))] == [alone.audio_path(i) for i in range(len(others))]
+    report = json.loads((tmp_path / "joined" / "pool.report.json").read_text())
+    assert report["labelled_utterances"] == 1 and report["utterances"]["kept"] == len(others)
+
+
+def test_labels_that_do_not_fit_are_named(
+    label: Callable[..., int], manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert label(tmp_path / "out", "--add", str(manifest)) == 2
+    assert "must be different files, but 7 are in both" in capsys.readouterr().err
+    soundfile.write(tmp_path / "x.wav", np.zeros(9000), 16000)
+    write_manifest(tmp_path / "x.tsv", ".", [("x.wav", 9000)])
+    (tmp_path / "x.ltr").write_text("X |\n")
+    assert label(tmp_path / "out", "--add", str(tmp_path / "x.tsv")) == 2
+    assert (
+        "x.ltr:1: labels must be of the dictionary of the pseudo-labels (| A B C ...), but" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
