@@ -16,7 +16,7 @@ def check_options(cfg: Any) -> None:
         )
     check_temperature(cfg.temperature)
     check_label_smoothing(cfg.label_smoothing)
-    for name in ("rank_decay", "encoder_weight"):
+    for name in ("seq_beta", "encoder_weight"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"`criterion.{name}` must be at least 0 and finite, but is {getattr(cfg, name)}")
 

@@ -39,9 +39,7 @@ class Seq2SeqDistillConfig(FairseqDataclass):
             "(task.nbest=true): the best one, or all, weighted by their probability (uniform) and their rank too (ranked)"
         },
     )
-    rank_decay: float = field(
-        default=2.0, metadata={"help": "of seq_kd=ranked: rank k has weight exp(-rank_decay (k - 1))"}
-    )
+    seq_beta: float = field(default=2.0, metadata={"help": "of ranked: rank k counts exp(-beta (k - 1)); 0 is uniform"})
     encoder_weight: float = field(
         default=0.0,
         metadata={
@@ -139,7 +137,7 @@ class Seq2SeqDistill(FairseqCriterion):
     def _sequence_level(self, logits: Tensor, nbest: Dict[str, Tensor]) -> Tensor:
         """Nats per symbol of each utterance's hypotheses, [B]."""
         texts = text_cross_entropy(logits, nbest["target"], self.padding_idx, self.cfg.label_smoothing)
-        weights = hypothesis_weights(nbest["scores"], self.seq_kd, self.cfg.rank_decay)
+        weights = hypothesis_weights(nbest["scores"], self.seq_kd, self.cfg.seq_beta)
         of_texts = weights[nbest["utterances"], nbest["ranks"]]
         return nbest_cross_entropy(texts.per_text, texts.num_symbols, of_texts, nbest["utterances"], len(weights))
 

@@ -1,5 +1,6 @@
 """Texts for models with a decoder: the labels of a batch, and the teacher's hypotheses beside them."""
 
+import math
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -8,6 +9,7 @@ from fairseq.data.data_utils import collate_tokens
 from torch import Tensor
 
 from s3distill.data.nbest import NbestEntry
+from s3distill.tasks._nbest import nbest_targets
 
 
 class TextDataset(BaseWrapperDataset):
@@ -26,7 +28,7 @@ class TextDataset(BaseWrapperDataset):
     def collater(self, samples: List[Dict[str, Any]]) -> Dict[str, Any]:
         """A batch with ``net_input.prev_output_tokens`` [B, U], ``target`` [B, U], and ``nbest`` where there are lists.
 
-        ``nbest`` holds the texts of all K hypotheses of all utterances, N = B K with the missing ones left out:
+        ``nbest`` holds the texts of all K hypotheses of all utterances, N = B K but for the missing ones:
         ``prev_output_tokens`` and ``target`` [N, U'], ``utterances`` [N] (row of the batch), ``ranks`` [N], from 0, and
         ``scores`` [B, K], -inf = there is no such hypothesis.
         """
@@ -40,22 +42,14 @@ class TextDataset(BaseWrapperDataset):
         return batch
 
     def _nbest(self, entries: Sequence[NbestEntry]) -> Dict[str, Tensor]:
-        scores = torch.full((len(entries), max(len(entry.hypotheses) for entry in entries)), -torch.inf)
-        texts, places = [], []
-        for row, entry in enumerate(entries):
-            for rank, hypothesis in enumerate(entry.hypotheses):
-                scores[row, rank] = hypothesis.score
-                texts.append(self._numbers(hypothesis.units))
-                places.append((row, rank))
-        read, said = self._as_texts(texts)
-        utterances, ranks = torch.tensor(places).T
+        targets = nbest_targets(entries, self.dictionary)
+        utterances, ranks = (targets.scores != -math.inf).nonzero().T
+        texts = zip(targets.symbols[utterances, ranks], targets.lengths[utterances, ranks].tolist(), strict=True)
+        read, said = self._as_texts([symbols[:length] for symbols, length in texts])
         return {
             **{"prev_output_tokens": read, "target": said},
-            **{"utterances": utterances, "ranks": ranks, "scores": scores},
+            **{"utterances": utterances, "ranks": ranks, "scores": targets.scores},
         }
-
-    def _numbers(self, units: str) -> Tensor:
-        return self.dictionary.encode_line(units, append_eos=False, add_if_not_exist=False).long()
 
     def _as_texts(self, texts: Sequence[Tensor]) -> Tuple[Tensor, Tensor]:
         """What the decoder reads, eos first, and what it is to say, eos last; [N, U] each, padded at the end."""

@@ -3,7 +3,7 @@
 # no `from __future__ import annotations`: fairseq reads the types of config fields
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
@@ -12,6 +12,7 @@ from omegaconf import II
 from s3distill.data.manifest import read_dictionary, read_manifest
 from s3distill.data.nbest import ENDING, NbestEntry, read_nbest
 from s3distill.encoder.teacher import DTYPES
+from s3distill.tasks._diverged import require_finite_parameters
 from s3distill.tasks._seq2seq_teacher import Seq2SeqTeacher
 from s3distill.tasks._texts import TextDataset
 from s3distill.tasks.audio_ctc import AudioCtcConfig, AudioCtcTask
@@ -83,6 +84,12 @@ class AudioSeq2SeqDistillTask(AudioCtcTask):
         if self._model is not None and hasattr(criterion, "check"):  # fairseq builds the model first
             criterion.check(self._model, self)
         return criterion
+
+    def state_dict(self) -> Dict[str, Any]:
+        """fairseq asks for it when it saves: a student that diverged is not written over a good one."""
+        if self._model is not None:
+            require_finite_parameters(self._model)
+        return dict(super().state_dict())
 
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
         super().load_dataset(split, task_cfg, **kwargs)
