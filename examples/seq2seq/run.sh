@@ -68,7 +68,7 @@ student() { # NAME SEED: the same encoder and updates, another loss
 }
 
 if [[ ! -e $TEACHER_ENCODER || ! -e $STUDENT_ENCODER || ! -e $DATA/train.tsv ]]; then
-    step quickstart s3distill quickstart "$QUICKSTART"
+    step quickstart s3distill quickstart --out "$QUICKSTART"
 fi
 # shellcheck disable=SC2086
 train teacher finetune "$TEACHER_UPDATES" "model.w2v_path=$TEACHER_ENCODER" "model.freeze_finetune_updates=$TEACHER_UPDATES" ${TEACHER_ARGS:-}
