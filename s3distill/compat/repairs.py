@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from s3distill.compat.bleu import know_empty_transcripts
 from s3distill.compat.half_precision import know_changed_weights
 from s3distill.compat.loading import (
     _FAIRSEQ_CLASSES,
@@ -29,6 +30,7 @@ from s3distill.compat.loading import (
     _torch_load,
     _types_in,
 )
+from s3distill.compat.seq2seq import know_decoders
 from s3distill.compat.starts import know_eval_only, know_starts
 
 logger = logging.getLogger(__name__)
@@ -89,10 +91,12 @@ def install() -> None:
     PathManager.copy = staticmethod(_atomic_copy(PathManager.copy))
     _know_user_dir()
     _repair_hubert_ctc()
+    know_decoders()
     checkpoint_utils.convert_namespace_to_omegaconf = _with_nested_args(checkpoint_utils.convert_namespace_to_omegaconf)
     know_starts()
     know_eval_only()
     know_changed_weights()
+    know_empty_transcripts()
     _register_data2vec()
 
 
