@@ -3,38 +3,32 @@
 # no `from __future__ import annotations`: fairseq reads the types of config fields
 import importlib
 import logging
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
-from fairseq import utils
-from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_finetuning import AudioFinetuningConfig, AudioFinetuningTask
 from omegaconf import II
-from torch import Tensor
 
 from s3distill.data.manifest import read_dictionary, read_labels, read_manifest
-from s3distill.decoding.ctc import CtcHypothesis, average_log_probs, greedy_decode
-from s3distill.decoding.transcripts import Transcript, Transcripts
-from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.scoring._nbest_lists import NbestLists
 from s3distill.scoring.s3_wer import S3WerScorer
 from s3distill.tasks._audio import check_split, set_root
 from s3distill.tasks._autocast import AUTOCAST_DTYPES, AutocastSteps, check_autocast
 from s3distill.tasks._bank_model import BankModel, dictionary_of, open_entry
+from s3distill.tasks._ctc_generator import CtcGenerator
+from s3distill.tasks._decoding import DecodingConfig, build_search, refuse_decoders
 from s3distill.tasks._seq2seq_generator import Seq2SeqGenerator
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class AudioCtcConfig(AudioFinetuningConfig):
-    """fairseq's `audio_finetuning` options, and a mask bank for decoding: `--path` is then the backbone."""
+class AudioCtcConfig(DecodingConfig, AudioFinetuningConfig):
+    """fairseq's `audio_finetuning` options, those of decoding, and a mask bank for it: `--path` is then the backbone."""
 
     mask_bank: Optional[str] = field(
         default=None, metadata={"help": "decoding: lay masks of this bank over the model of --path, their backbone"}
@@ -54,7 +48,7 @@ class AudioCtcConfig(AudioFinetuningConfig):
 
 @register_task("audio_ctc", dataclass=AudioCtcConfig)
 class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
-    """fairseq's `audio_finetuning` with manifests checked before training, relative roots, and greedy decoding."""
+    """fairseq's `audio_finetuning` with manifests checked before training, relative roots, and decoding."""
 
     cfg: AudioCtcConfig
 
@@ -188,83 +182,29 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
         return super().get_batch_iterator(dataset, max_tokens, *args, **kwargs)
 
     def build_generator(self, models: Any, args: Any, *rest: Any, **options: Any) -> Any:
-        dictionary = self.target_dictionary
-        if any(hasattr(model, "decoder") for model in models):
+        dictionary, blank = self.target_dictionary, self.target_dictionary.index(self.blank_symbol)
+        has_decoder = any(hasattr(model, "decoder") for model in models)
+        if has_decoder:
             search = super().build_generator(models, args, *rest, **options)
             if args is self.cfg.eval_wer_config:
                 return search  # fairseq's own, for error rates in validation
-            lists = None
-            if args.nbest > 1:
-                lists = NbestLists({split: self._files_of(split) for split in self.datasets}, args.nbest)
-            with_decoder = Seq2SeqGenerator(search, dictionary, self.words, lists)
-            S3WerScorer.nbest = lists
-            S3WerScorer.run = with_decoder.transcripts
-            return with_decoder
-        S3WerScorer.nbest = None
-        generator = CtcGenerator(dictionary, dictionary.index(self.blank_symbol), self.words)
+            refuse_decoders(self.cfg)
+        else:
+            search = build_search(self.cfg, args, dictionary, blank)
+        if args.nbest > 1 and self.cfg.multi_corpus_keys:
+            raise ValueError(
+                "--nbest writes a file for one manifest, and must be 1 with multi_corpus_keys; decode one by one"
+            )
+        audio = {} if self.cfg.multi_corpus_keys else {split: self._files_of(split) for split in self.datasets}
+        lists = NbestLists(audio, args.nbest) if args.nbest > 1 else None
+        generator: Seq2SeqGenerator | CtcGenerator
+        if has_decoder:
+            generator = Seq2SeqGenerator(search, dictionary, self.words, lists)
+        else:
+            generator = CtcGenerator(dictionary, blank, search, self.words, audio, lists)
+        S3WerScorer.nbest = lists
         S3WerScorer.run = generator.transcripts
         return generator
-
-
-class CtcGenerator:
-    """What `fairseq-generate` calls for each batch of a CTC model; keeps the transcripts for `s3_wer`.
-
-    Args:
-        dictionary: symbols of the model's output.
-        blank: index of the blank.
-        words: see `Transcripts.words`.
-    """
-
-    def __init__(self, dictionary: Dictionary, blank: int, words: dict[str, list[str]]) -> None:
-        self.dictionary, self.blank = dictionary, blank
-        self.symbols_to_strip_from_output = {blank, dictionary.pad(), dictionary.eos()}
-        self.transcripts = Transcripts(words, has_word_boundary="|" in dictionary.symbols)
-
-    @torch.no_grad()
-    def generate(self, models: list[Any], sample: dict[str, Any], **_: Any) -> list[list[dict[str, Any]]]:
-        """Decodes a batch.
-
-        Returns:
-            Per utterance a list of one hypothesis: ``tokens`` [N], ``score`` and ``positional_scores`` [N] (natural logarithm),
-            ``alignment`` [N, 2] (frame, position of the symbol that begins there).
-        """
-        start = time.perf_counter()
-        outputs = [_frames(model, sample["net_input"]) for model in models]
-        hypotheses = greedy_decode(average_log_probs([p for p, _ in outputs]), outputs[0][1], self.blank)
-        self.transcripts.decode_seconds += time.perf_counter() - start
-        self._keep(sample, hypotheses)
-        return [[_to_fairseq(h)] for h in hypotheses]
-
-    def _keep(self, sample: dict[str, Any], hypotheses: list[CtcHypothesis]) -> None:
-        source, padding_mask = sample["net_input"]["source"], sample["net_input"].get("padding_mask")
-        num_samples = source.numel() if padding_mask is None else int((~padding_mask).sum())
-        self.transcripts.audio_seconds += num_samples / SAMPLE_RATE
-        for utterance, target, hypothesis in zip(sample["id"].tolist(), sample["target"], hypotheses, strict=True):
-            reference = utils.strip_pad(target, self.dictionary.pad())
-            self.transcripts.add(
-                Transcript(utterance, self._units(hypothesis.tokens), self._units(reference, escape_unk=True))
-            )
-
-    def _units(self, tokens: Tensor, escape_unk: bool = False) -> str:
-        return str(self.dictionary.string(tokens.int().cpu(), None, escape_unk, self.symbols_to_strip_from_output))
-
-
-def _frames(model: Any, net_input: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities [B, T, V] of a fairseq CTC model and its padding mask [B, T]."""
-    output = model(**net_input)
-    log_probs = model.get_normalized_probs(output, log_probs=True)  # [T, B, V]
-    # read behind get_normalized_probs, in which some models still correct the mask's length
-    return log_probs.transpose(0, 1), output["padding_mask"]
-
-
-def _to_fairseq(hypothesis: CtcHypothesis) -> dict[str, Any]:
-    positions = torch.arange(len(hypothesis.tokens))
-    return {
-        "tokens": hypothesis.tokens,
-        "score": hypothesis.score,
-        "positional_scores": hypothesis.positional_scores.clone(),  # fairseq changes it in place
-        "alignment": torch.stack([hypothesis.timesteps, positions], dim=1),
-    }
 
 
 def _parts(split: str, multi_corpus_keys: str | None) -> list[tuple[str | None, str]]:
