@@ -39,7 +39,7 @@ source examples/steps.sh
 train() { # NAME CONFIG UPDATES OVERRIDE...
     local name=$1 config=$2 updates=$3
     shift 3
-    step "$name" fairseq-hydra-train --config-dir config/seq2seq --config-name "$config" "hydra.run.dir=$OUT/$name" \
+    step "$name/train" fairseq-hydra-train --config-dir config/seq2seq --config-name "$config" "hydra.run.dir=$OUT/$name" \
         "task.data=$DATA" "dataset.valid_subset=$VALID" "optimization.max_update=$updates" "$@" ${ARGS:-}
 }
 

@@ -18,14 +18,15 @@ def know_decoders() -> None:
 
 
 def _layer(cfg: Any, *values: Any, **options: Any) -> Any:
-    """A decoder's layer, told how wide what it attends to is: these configs lack ``encoder_embed_dim``, and fairseq takes 512.
+    """A decoder's layer, told how wide what it attends to is.
 
-    The encoder's output arrives with ``decoder_embed_dim`` channels, projected where it had another number.
+    The encoder's output arrives with ``decoder_embed_dim`` channels, projected where it had another number. Stock reads
+    ``encoder_embed_dim``: `wav2vec_seq2seq` has no such option, so that it is 512, and `hubert_seq2seq` has one that must agree.
     """
     from fairseq.modules import TransformerDecoderLayer
     from omegaconf import OmegaConf, open_dict
 
-    if OmegaConf.is_config(cfg) and cfg.get("encoder_embed_dim") is None:
+    if OmegaConf.is_config(cfg):
         with open_dict(cfg):  # a copy that the decoder made for its layers
             cfg.encoder_embed_dim = cfg.decoder_embed_dim
     return TransformerDecoderLayer(cfg, *values, **options)

@@ -2,9 +2,10 @@
 
 # no `from __future__ import annotations`: fairseq reads the types of config fields
 from dataclasses import dataclass, field
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -94,11 +95,13 @@ class Seq2SeqDistill(FairseqCriterion):
 
     def _terms(self, model: Any, sample: Dict[str, Any]) -> Tuple[TextLoss, Dict[str, Tensor]]:
         """The labels' loss, and the terms of L without their weights, each a sum over the batch."""
-        logits, states, hypotheses = self._run(model, sample)
+        nbest = self._counted(sample)
+        logits, states, of_hypotheses = self._run(model, sample["net_input"], nbest)
         labels = text_cross_entropy(logits, sample["target"], self.padding_idx, self.cfg.label_smoothing)
         parts = {"ce": labels.per_text.sum()}
-        if self.cfg.alpha < 1 and not self.word_level and hypotheses is not None:
-            parts["kd"] = (labels.num_symbols * self._sequence_level(hypotheses, sample["nbest"])).sum()
+        if nbest is not None:
+            per_symbol = self._sequence_level(of_hypotheses, nbest, len(labels.per_text))
+            parts["kd"] = (labels.num_symbols * per_symbol).sum()
         if not self._needs_teacher:
             return labels, parts
         teacher_logits, teacher_states = self.task.teacher(sample["net_input"])
@@ -113,33 +116,38 @@ class Seq2SeqDistill(FairseqCriterion):
     def _needs_teacher(self) -> bool:
         return self.cfg.encoder_weight > 0 or (self.word_level and self.cfg.alpha < 1)
 
-    def _run(self, model: Any, sample: Dict[str, Any]) -> Any:
-        """Logits of the labels [B, U, V], the encoder's output, and logits of the hypotheses [N, U', V] or None; one forward."""
-        net_input = sample["net_input"]
+    def _counted(self, sample: Dict[str, Any]) -> Optional[Dict[str, Tensor]]:
+        """The hypotheses of a batch that have a weight, which is beside them as ``weights`` [N]; None: they do not count."""
         if "nbest" not in sample or self.cfg.alpha == 1 or self.word_level:
+            return None
+        nbest = sample["nbest"]
+        weights = hypothesis_weights(nbest["scores"], self.seq_kd, self.cfg.seq_beta)
+        weights = weights[nbest["utterances"], nbest["ranks"]]
+        counted = {name: nbest[name][weights > 0] for name in ("prev_output_tokens", "target", "utterances")}
+        return {**counted, "weights": weights[weights > 0]}
+
+    def _run(self, model: Any, net_input: Dict[str, Any], nbest: Optional[Dict[str, Tensor]]) -> Any:
+        """Logits of the labels [B, U, V], the encoder's output, and logits of the hypotheses [N, U', V] or None; one forward."""
+        if nbest is None:
             logits, extra = model(**net_input)
             return logits, extra.get("encoder_out"), None
-        labels, hypotheses = net_input["prev_output_tokens"], sample["nbest"]["prev_output_tokens"]
+        labels, hypotheses = net_input["prev_output_tokens"], nbest["prev_output_tokens"]
         length = max(labels.shape[1], hypotheses.shape[1])
-        texts = [
-            torch.nn.functional.pad(t, (0, length - t.shape[1]), value=self.padding_idx) for t in (labels, hypotheses)
-        ]
+        texts = [F.pad(t, (0, length - t.shape[1]), value=self.padding_idx) for t in (labels, hypotheses)]
         rows = torch.arange(len(labels), device=labels.device)
         logits, extra = model(
             source=net_input["source"],
             padding_mask=net_input.get("padding_mask"),
             prev_output_tokens=torch.cat(texts),
-            utterances=torch.cat([rows, sample["nbest"]["utterances"]]),
+            utterances=torch.cat([rows, nbest["utterances"]]),
         )
         of_labels, of_hypotheses = logits.split([len(labels), len(hypotheses)])
         return of_labels[:, : labels.shape[1]], extra["encoder_out"], of_hypotheses[:, : hypotheses.shape[1]]
 
-    def _sequence_level(self, logits: Tensor, nbest: Dict[str, Tensor]) -> Tensor:
-        """Nats per symbol of each utterance's hypotheses, [B]."""
+    def _sequence_level(self, logits: Tensor, nbest: Dict[str, Tensor], size: int) -> Tensor:
+        """Nats per symbol of the hypotheses of each of ``size`` utterances, [B]."""
         texts = text_cross_entropy(logits, nbest["target"], self.padding_idx, self.cfg.label_smoothing)
-        weights = hypothesis_weights(nbest["scores"], self.seq_kd, self.cfg.seq_beta)
-        of_texts = weights[nbest["utterances"], nbest["ranks"]]
-        return nbest_cross_entropy(texts.per_text, texts.num_symbols, of_texts, nbest["utterances"], len(weights))
+        return nbest_cross_entropy(texts.per_text, texts.num_symbols, nbest["weights"], nbest["utterances"], size)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ pytest.importorskip("fairseq")
 
 from s3distill import compat
 from s3distill.encoder.checkpoint import parse_checkpoint
+from tests.encoder import checkpoints, folders
+from tests.masks.students import write_compact_student
 from tests.models import seq2seq
 
 
@@ -115,6 +118,35 @@ def test_its_encoder_is_a_backbone_again(data: Path, backbone: Path, tmp_path: P
     _, again, _ = seq2seq.build(data, path)
     weight = "encoder.w2v_model.encoder.layers.1.fc1.weight"
     assert torch.equal(again.state_dict()[weight], model.state_dict()[weight])
+
+
+def _compact(path: Path) -> Path:
+    return write_compact_student(path / "compact.pt")
+
+
+def _wavlm(path: Path) -> Path:
+    return checkpoints.save(folders.released_wavlm(), path / "wavlm.pt")
+
+
+def _transformers(path: Path) -> Path:
+    return folders.write(path / "folder", folders.build("hubert"))
+
+
+def _ctc(path: Path) -> Path:
+    return checkpoints.save(checkpoints.fine_tuned("wav2vec2", checkpoints.SMALL)[0], path / "ctc.pt")
+
+
+@pytest.mark.parametrize("write", [_compact, _wavlm, _transformers, _ctc])
+def test_any_encoder_that_can_be_read_is_one(data: Path, tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    path = write(tmp_path)
+    parsed = parse_checkpoint(compat.load_checkpoint(path))
+    task, model, cfg = seq2seq.build(data, path, task={"normalize": parsed.normalize})
+    own = model.encoder.w2v_model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in parsed.encoder_state.items() if name in own)
+    saved = seq2seq.save(tmp_path / "student.pt", task, model, cfg)
+    again = parse_checkpoint(compat.load_checkpoint(saved))
+    assert again.config == parsed.config == model.encoder.w2v_model.config
+    assert logits_of(model, seq2seq.batch(task)).isfinite().all()
 
 
 def test_the_encoder_can_stay_frozen_at_first(data: Path, backbone: Path) -> None:
