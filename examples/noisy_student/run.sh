@@ -50,7 +50,7 @@ student() { # NAME TEACHER
     local labels=$OUT/$1/labels sequence=()
     step "$1/labels" s3distill pseudo-label "$DATA/${POOL:-pool}.tsv" --teacher "$2" -o "$labels" --name train --nbest "$NBEST" \
         --add "$DATA/${LABELLED:-labelled}.tsv" --overwrite $FILTERS
-    cp -u "$DATA/$VALID".{tsv,ltr,wrd} "$labels"
+    step "$1/valid" python examples/pseudo_labels/copy_split.py "$DATA" "$labels" "$VALID"
     if ((NBEST > 1)); then
         sequence=(++task.nbest=true "++criterion.seq_kd=${SEQ_KD:-ranked}")
     fi

@@ -43,7 +43,7 @@ decode() { # RUN
         shift
         step "labels/$name" s3distill pseudo-label "$OUT/data/pool.tsv" --teacher "$TEACHER" -o "$OUT/labels/$name" --name train \
             --nbest "${NBEST:-4}" --add "$OUT/data/labelled.tsv" --reference wrd --overwrite "$@"
-        cp -u "$OUT"/data/{valid,test}.{tsv,ltr,wrd} "$OUT/labels/$name"
+        step "labels/$name.valid" python examples/pseudo_labels/copy_split.py "$OUT/data" "$OUT/labels/$name" valid
     }
     student() { # NAME DATA SPLIT OVERRIDE...
         local name=$1 data=$2 split=$3
