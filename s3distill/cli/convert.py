@@ -96,7 +96,7 @@ def _write_checkpoint(output: Path, parsed: ParsedCheckpoint) -> str:
     options = stock_options(parsed.config, parsed.family, parsed.normalize)
     gates = {f"gates.{key}": value for key, value in _gates(parsed).items()}
     if gates:
-        options["prune_units"] = list(parsed.pretraining_options.get("prune_units") or [])
+        options["prune_units"] = list(parsed.student_options.get("prune_units") or [])
     layout = checkpoint_layout(
         options, parsed.encoder_state, parsed.normalize, parsed.head_state, None, extra_state=gates
     )
@@ -130,7 +130,7 @@ def _write_folder(output: Path, parsed: ParsedCheckpoint) -> str:
         parsed.symbols,
         parsed.pooled,
         _gates(parsed),
-        list(parsed.pretraining_options.get("prune_units") or []),
+        list(parsed.student_options.get("prune_units") or []),
     )
     write_folder(output, contents, tensors)
     return parsed.family

@@ -32,6 +32,8 @@ COMMANDS = {
         "s3distill.cli.convert",
         "Hugging Face folders and WavLM files to fairseq checkpoints, students to folders",
     ),
+    "fisher": ("s3distill.cli.fisher", "which weights a recogniser needs, for learning without forgetting"),
+    "old-head": ("s3distill.cli.old_head", "a later run's encoder with the head of an old task"),
     "masks": ("s3distill.cli.masks", "banks of masks: one backbone for many languages"),
     "quickstart": ("s3distill.cli.quickstart", "the whole chain on demo speech, with a report"),
 }

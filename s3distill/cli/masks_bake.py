@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"bake makes wav2vec_ctc models, but this head is for {dense.info['kind']}; decode it with its bank"
         )
-    _write(Path(output), dense, with_dictionary=not args.no_dictionary)
+    write_dense(Path(output), dense, with_dictionary=not args.no_dictionary)
 
 
 def _from_run(path: str) -> Dense:
@@ -109,7 +109,8 @@ def _from_bank(bank_path: str, name: str, backbone_path: str) -> Dense:
     return Dense(dense_state(entry_state(backbone, entry), entry.masks), backbone, entry.info, entry.symbols)
 
 
-def _write(path: Path, dense: Dense, with_dictionary: bool) -> None:
+def write_dense(path: Path, dense: Dense, with_dictionary: bool) -> None:
+    """Writes a stock `wav2vec_ctc` checkpoint."""
     normalize = bool(dense.info.get("normalize", False))
     encoder_options = stock_options(dense.encoder.config, dense.encoder.family, normalize)
     model = {

@@ -17,8 +17,8 @@ from s3distill.data.audio import read_audio
 from s3distill.data.manifest import read_manifest
 from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.encoder.config import SAMPLE_RATE
-from s3distill.encoder.options import options_from_config
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.options import options_from_config
 from s3distill.encoder.speech_model import normalize_waveforms
 from s3distill.gates import GateCounts, LatencyTable, count_macs_per_second, count_parameters
 from s3distill.masks.options import MaskOptions

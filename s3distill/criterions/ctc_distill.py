@@ -12,10 +12,11 @@ from fairseq.criterions.ctc import CtcCriterion, CtcCriterionConfig
 from fairseq.dataclass import ChoiceEnum
 from torch import Tensor
 
-from s3distill import kernels
+from s3distill import compat, kernels
 from s3distill.criterions._ctc_checks import check_ctc_distillation, check_ctc_options, check_student
 from s3distill.criterions._distill_options import HiddenStateOptions, SizeOptions
 from s3distill.criterions._distill_terms import parse_layer_weights, require_finite
+from s3distill.criterions._forgetting import Forgetting, ForgettingOptions
 from s3distill.criterions._sequence_terms import (
     SEQUENCE_SUMS,
     SequenceOptions,
@@ -45,8 +46,8 @@ _SUMS = ("ntokens", "nsentences", "sample_size", "ctc_sum", "ctc_tokens", *SEQUE
 
 
 @dataclass
-class CtcDistillConfig(SequenceOptions, HiddenStateOptions, SizeOptions, CtcCriterionConfig):
-    """Options of `ctc_distill`: fairseq's of `ctc`, those of hidden states, size and n-best lists, and of the teacher's logits."""
+class CtcDistillConfig(SequenceOptions, HiddenStateOptions, SizeOptions, ForgettingOptions, CtcCriterionConfig):
+    """Options of `ctc_distill`: fairseq's of `ctc`, of hidden states, size, n-best lists and old tasks, and of the teacher's logits."""
 
     alpha: float = field(
         default=0.5,
@@ -91,6 +92,8 @@ class CtcDistill(CtcCriterion):
         self.hidden_terms = DistillationTerms(weights, target_norm=str(cfg.target_norm))
         self.layer_weights = parse_layer_weights(cfg.layer_weights) if cfg.layer_weights else None
         self.symbols: Optional[SymbolMap] = None
+        forgetting = Forgetting(cfg, task.target_dictionary.symbols, task.cfg)
+        self.forgetting = forgetting if forgetting.active else None
 
     def check_model(self, model: Any, teachers: Sequence[CtcTeacher]) -> None:
         """What can be wrong between model, teacher and criterion; the task calls it before training starts.
@@ -103,6 +106,19 @@ class CtcDistill(CtcCriterion):
         check_ctc_distillation(model, teacher, self.cfg, self.layer_weights)
         if self.cfg.alpha < 1:
             self._match_symbols()
+        if self.forgetting is not None:
+            self.forgetting.check_model(model)
+
+    def load_state_dict(self, state_dict: Any, *values: Any, **options: Any) -> Any:
+        """fairseq calls it where old heads learn; a run that had none (``finetune_from_model``) leaves them as their files have them."""
+        if state_dict is None and compat.starts_from_another_run():
+            return None
+        if state_dict is None:
+            raise ValueError(
+                "the checkpoint must have the old heads of criterion.old_model_paths, but was trained without; go on with its own options, "
+                "or start a new run from it: model.student_path"
+            )
+        return super().load_state_dict(state_dict, *values, **options)
 
     def _match_symbols(self) -> SymbolMap:
         if self.symbols is None:
@@ -173,6 +189,13 @@ class CtcDistill(CtcCriterion):
             hidden, parts = self._hidden(model, out, heard, num_frames)
             loss = loss + cfg.hidden_weight * hidden
             log |= parts
+        if self.forgetting is not None:
+            inputs = sample["net_input"]
+            held, parts = self.forgetting(
+                model, out["x"], inputs["source"], inputs.get("padding_mask"), out["padding_mask"]
+            )
+            loss = loss + held * num_frames
+            log |= {f"loss_{name}": value * num_frames for name, value in parts.items()}
         return loss, num_frames, log
 
     def _ctc(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3distill.encoder.dropout import attention_with_dropout, dropout
 from s3distill.encoder.position_bias import additive_mask, position_gate
 
 
@@ -95,7 +96,7 @@ class SelfAttention(nn.Module):
             context = self.attend(q, k, v, attention_mask)
         else:
             v = self._heads(self.v_proj, x)
-            context = F.dropout(attention_map, self.dropout, self.training).to(v.dtype) @ v
+            context = dropout(attention_map, self.dropout, self.training).to(v.dtype) @ v
         if gate is not None:
             context = context * gate.to(context.dtype)[:, None, None]
         # [B, H, T, D] -> [B, T, H*D]
@@ -103,9 +104,9 @@ class SelfAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Queries, keys and values [B, H, T, D] -> context [B, H, T, D]; the mask is bool or added to the scores."""
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, dropout_p=self.dropout if self.training else 0.0
-        )
+        if self.training and self.dropout > 0:
+            return attention_with_dropout(q, k, v, attention_mask, self.dropout)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
 
     def attention_map(
         self, x: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from s3distill import kernels
 from s3distill.encoder.config import ConvLayerConfig, EncoderConfig
 from s3distill.encoder.layers import LayerNorm
+from s3distill.encoder.recompute import gelu_conv
 
 
 def masked_group_norm(x: Tensor, num_valid: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -64,16 +66,21 @@ class SeparableConv(nn.Sequential):
         super().__init__(depthwise, pointwise)
 
 
-def gated_conv(conv: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
+def gated_conv(conv: nn.Module, x: Tensor, gate: Tensor | None, activate: bool = False) -> Tensor:
     """conv(z * x; W) = conv(x; z * W) of x [B, C_in, T] and z [C_in]: a layer has fewer weights than input values.
 
-    So the first layers keep no scaled copies of their output, which are the largest tensors of a training step.
+    So the first layers keep no scaled copies of their output, which are the largest tensors of a training step. ``activate``:
+    of GELU(x) in place of x, which is not kept either, see `gelu_conv`.
     """
-    if gate is None:
-        return conv(x)
-    if type(conv) is not nn.Conv1d or conv.groups != 1:  # has weights of its own kind
-        return conv(x * gate.to(x.dtype)[:, None])
-    return conv._conv_forward(x, conv.weight * gate.to(conv.weight.dtype)[:, None], conv.bias)
+    if type(conv) is nn.Conv1d and conv.groups == 1:
+        if activate:
+            return gelu_conv(x, gate, conv)
+        if gate is None:
+            return conv(x)
+        return conv._conv_forward(x, conv.weight * gate.to(conv.weight.dtype)[:, None], conv.bias)
+    # has weights of its own kind
+    x = F.gelu(x) if activate else x
+    return conv(x if gate is None else x * gate.to(x.dtype)[:, None])  # type: ignore[no-any-return]
 
 
 class ConvLayer(nn.Sequential):
@@ -104,21 +111,27 @@ class ConvLayer(nn.Sequential):
             return None
         return self[2] if self.norm == "group_norm" else self[2][1]  # type: ignore[index, return-value]
 
-    def forward(
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        """x [B, C_in, T_in] -> [B, C, T]; arguments as of `convolve`."""
+        return F.gelu(self.convolve(x, *arguments, **options))
+
+    def convolve(
         self,
         x: Tensor,
         num_valid: Tensor | None = None,
         gate: Tensor | None = None,
         input_gate: Tensor | None = None,
+        activate: bool = False,
     ) -> Tensor:
-        """x [B, C_in, T_in] -> [B, C, T].
+        """x [B, C_in, T_in] -> [B, C, T] in front of the GELU, which whoever calls has to apply.
 
         Args:
             num_valid: valid output frames, [B]; None = all.
             gate: weights the LayerNorm's statistics, [C]; it does not scale the output.
             input_gate: scales the input's channels, [C_in], see `gated_conv`.
+            activate: the input still needs the GELU of the layer before.
         """
-        x = gated_conv(self.conv, x, input_gate)
+        x = gated_conv(self.conv, x, input_gate, activate)
         norm = self.norm_layer
         if isinstance(norm, nn.GroupNorm):
             if num_valid is None:
@@ -127,7 +140,7 @@ class ConvLayer(nn.Sequential):
                 x = masked_group_norm(x, num_valid, norm.weight, norm.bias, norm.eps)
         elif norm is not None:
             x = norm(x.transpose(1, 2), gate).transpose(1, 2)
-        return F.gelu(x)
+        return x
 
 
 class ConvExtractor(nn.Module):
@@ -166,6 +179,6 @@ class ConvExtractor(nn.Module):
                 lengths = (lengths - shape.kernel) // shape.stride + 1
                 num_valid = None if self.over_padding else lengths
             gate = gates[i] if gates is not None else None
-            x = layer(x, num_valid, gate, input_gate)
+            x = layer.convolve(x, num_valid, gate, input_gate, activate=i > 0)  # type: ignore[operator]
             input_gate = gate
-        return x
+        return F.gelu(x)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3distill.encoder.attention import bert_linear
 from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
 from s3distill.encoder.conv import ConvExtractor
+from s3distill.encoder.dropout import dropout
 from s3distill.encoder.layers import LayerNorm, gated_norm, scale_gradient
 from s3distill.encoder.masking import draw_frame_mask, mask_channels, mask_frames, replace_frames
 from s3distill.encoder.transformer import Transformer
@@ -125,7 +125,7 @@ class SpeechEncoder(nn.Module):
         if width_gate is not None:
             mask_emb = mask_emb * width_gate.to(mask_emb.dtype)
             x = x if self.post_extract_proj is None else x * width_gate.to(x.dtype)
-        x = F.dropout(x, self.training_config.dropout_input, self.training)
+        x = dropout(x, self.training_config.dropout_input, self.training)
         if masked is not None:
             x = replace_frames(x, mask_emb, masked)
         elif mask:

@@ -14,11 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from s3distill import kernels
 from s3distill.encoder.attention import SelfAttention, attention_mask_from_padding, bert_linear
 from s3distill.encoder.config import EncoderConfig, LayerConfig, TrainingConfig
+from s3distill.encoder.dropout import dropout
 from s3distill.encoder.efficient_attention import build_attention
 from s3distill.encoder.layers import LayerNorm, activation_function, gated_norm, normalize_open, open_share
 from s3distill.encoder.pos_shape import pos_conv_outputs, stream_groups, written_channels
 from s3distill.encoder.position_bias import RelativePositionBias
 from s3distill.encoder.ragged_conv import RaggedConv
+from s3distill.encoder.recompute import gelu_linear
 from s3distill.encoder.variants import PARTS, keeps_map, owner
 from s3distill.gates.values import GateValues
 
@@ -184,7 +186,7 @@ class TransformerLayer(nn.Module):
                 inner = inner * attention_gate.to(inner.dtype)
             if width_gate is not None:
                 inner = inner * width_gate.to(inner.dtype)
-            x = residual + F.dropout(inner, self.dropout, self.training)
+            x = residual + dropout(inner, self.dropout, self.training)
         if not self.layer_norm_first:
             assert norms.self_attn_layer_norm is not None
             x = gated_norm(norms.self_attn_layer_norm, x, width_gate)
@@ -194,19 +196,26 @@ class TransformerLayer(nn.Module):
         if ffn.fc1 is not None:
             assert ffn.fc2 is not None and norms.final_layer_norm is not None
             inner = gated_norm(norms.final_layer_norm, x, width_gate) if self.layer_norm_first else x
-            inner = self.activation(ffn.fc1(inner))
-            if ffn_gate is not None:
-                inner = inner * ffn_gate.to(inner.dtype)
-            ffn_output = ffn.fc2(F.dropout(inner, self.activation_dropout, self.training))
+            ffn_output = self._ffn(ffn.fc1(inner), ffn_gate, ffn.fc2)
             if ffn_layer_gate is not None:
                 ffn_output = ffn_output * ffn_layer_gate.to(ffn_output.dtype)
             if width_gate is not None:
                 ffn_output = ffn_output * width_gate.to(ffn_output.dtype)
-            x = residual + F.dropout(ffn_output, self.dropout, self.training)
+            x = residual + dropout(ffn_output, self.dropout, self.training)
         if not self.layer_norm_first:
             assert norms.final_layer_norm is not None
             x = gated_norm(norms.final_layer_norm, x, width_gate)
         return x, ffn_output
+
+    def _ffn(self, x: Tensor, gate: Tensor | None, fc2: nn.Linear) -> Tensor:
+        """From `fc1`'s output [B, T, F] on: activation, gate [F], dropout, ``fc2``; [B, T, C]."""
+        drops = self.training and self.activation_dropout > 0
+        if self.activation is F.gelu and not drops:
+            return gelu_linear(x, gate, fc2)
+        x = self.activation(x)
+        if gate is not None:
+            x = x * gate.to(x.dtype)
+        return fc2(dropout(x, self.activation_dropout, self.training))  # type: ignore[no-any-return]
 
     def attention_map(
         self,
@@ -280,7 +289,7 @@ class Transformer(nn.Module):
         x = x + self.pos_conv(x, padding_mask, gates.positional(self.pos_conv.written) if gates is not None else None)
         if not self.layer_norm_first:
             x = gated_norm(self.layer_norm, x, width_gate)
-        x = F.dropout(x, self.dropout, self.training)
+        x = dropout(x, self.dropout, self.training)
         if self.time_reduction is not None:
             x = self.time_reduction(x.transpose(1, 2)).transpose(1, 2)  # [B, T, C] -> [B, C, T] -> [B, T // r, C]
             if kernels.is_autocast(x.device):

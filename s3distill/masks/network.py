@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
+from s3distill.encoder.dropout import dropout
 from s3distill.encoder.model import EncoderOutput, SpeechEncoder
 from s3distill.gates.values import GateValues
 from s3distill.masks.magnitude import MagnitudePruning
@@ -104,7 +104,7 @@ class MaskedNetwork(nn.Module):
                 source, padding_mask, mask=mask, gates=gates, masked=masked, conv_features=conv_features
             )
         x = mean_over_frames(out.x, out.padding_mask) if self.pool else out.x
-        return self.proj(F.dropout(x, self.final_dropout, self.training)), out
+        return self.proj(dropout(x, self.final_dropout, self.training)), out
 
     def prune(self, num_updates: int) -> None:
         """In front of each training forward: what `MagnitudePruning` has to do after ``num_updates`` updates, if it is used."""

@@ -156,9 +156,9 @@ class Wav2VecCtcStudent(StudentParts, MaskedFairseqModel):
                 ``apply_mask`` says so.
             conv_features: what the encoder's `extract` gave for this batch, [B, T, C_conv]; None runs the convolutions.
         Returns:
-            ``encoder_out`` [T, B, V] (logits), ``padding_mask`` [B, T] or None, ``layer_results``; with ``predict`` also
-            ``predictions`` (per pair [B, T, C_teacher]) and ``prediction_padding_mask`` [B, T] or None, ``hidden_states`` by
-            layer, ``expected_sparsity`` and ``penalty`` (scalars, None without gates).
+            ``encoder_out`` [T, B, V] (logits), ``padding_mask`` [B, T] or None, ``layer_results``; with ``predict`` also ``x``,
+            the encoder's output [B, T, C], ``predictions`` (per pair [B, T, C_teacher]) and ``prediction_padding_mask`` [B, T] or
+            None, ``hidden_states`` by layer, ``expected_sparsity`` and ``penalty`` (scalars, None without gates).
         """
         result, out = self.w2v_encoder.encode(
             source, padding_mask, gates=self.gate_values(), masked=masked, conv_features=conv_features
@@ -167,6 +167,7 @@ class Wav2VecCtcStudent(StudentParts, MaskedFairseqModel):
             expected, penalty = self.size_constraint(target_sparsity)
             predictions, prediction_padding_mask = self.predict(out)
             result |= {
+                "x": out.x,
                 "predictions": predictions[0] if predictions else [],
                 "prediction_padding_mask": prediction_padding_mask,
                 "hidden_states": out.hidden_states,

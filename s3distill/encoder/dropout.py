@@ -1,0 +1,116 @@
+"""Dropout, and attention with dropout, as a training step on a CPU wants them: cheap random numbers, and little kept for backward.
+
+torch draws one double per element on one thread of a CPU, 4% of a distillation step, and its attention with dropout keeps
+three float tensors [B, H, T, T] per layer. On other devices, in graphs and in evaluation torch's own functions are called.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LEVELS = 2**16  # 16 random bits decide on each element
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """y = x * m / (1 - p), m ~ Bernoulli(1 - p)  (Srivastava et al., 2014, section 4).
+
+    On a CPU p is rounded to a multiple of 2^-16, and y is divided by what is kept then.
+
+    Args:
+        x: any shape.
+        p: probability that an element becomes 0, in [0, 1].
+    """
+    if not training or not _rounds(p) or not _is_ours(x):
+        return F.dropout(x, p, training)
+    result: Tensor = _Dropout.apply(x, p)
+    return result
+
+
+def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """dropout(softmax(Q K^T / sqrt(D) + mask)) V, for training.
+
+    Args:
+        q, k, v: [B, H, T, D] each; of keys and values T may be another number.
+        mask: broadcast to [B, H, T, T_k]: bool, True = may be attended to (each query has a key), or added to the scores;
+            None = everything.
+        p: of dropout.
+    Returns:
+        [B, H, T, D]
+    """
+    if not _rounds(p) or not _is_ours(q):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    if q.dtype != v.dtype or k.dtype != v.dtype:
+        raise ValueError(f"queries, keys and values must have one type, but have {q.dtype}, {k.dtype} and {v.dtype}")
+    result: Tensor = _DroppedAttention.apply(q, k, v, mask, p)
+    return result
+
+
+def _rounds(p: float) -> bool:
+    """Whether ``p`` is a probability that 16 bits can tell from 0 and 1."""
+    return 0 < round(p * _LEVELS) < _LEVELS
+
+
+def _is_ours(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def _draw(like: Tensor, p: float) -> tuple[Tensor, float]:
+    """1 (kept) or 0, int8, in the shape of ``like``, from torch's generator; and 1 / share that is kept on average."""
+    dropped = round(p * _LEVELS)
+    # one 64-bit number for four elements
+    bits = torch.empty(math.ceil(like.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[: like.numel()] >= dropped - _LEVELS // 2
+    return kept.view(torch.int8).view(like.shape), _LEVELS / (_LEVELS - dropped)
+
+
+class _Dropout(torch.autograd.Function):
+    """Keeps one byte per element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:  # type: ignore[override]
+        kept, ctx.scale = _draw(x, p)
+        ctx.save_for_backward(kept)
+        return (x * kept).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (kept,) = ctx.saved_tensors
+        return (grad * kept).mul_(ctx.scale), None
+
+
+class _DroppedAttention(torch.autograd.Function):
+    """Keeps the attention map and one byte per weight; with A = softmax(S), D = A * m / (1 - p) and C = D V,
+
+    dV = D^T dC,   dA = dC V^T * m / (1 - p),   dS = A * (dA - sum_keys A dA),   dQ = dS K / sqrt(d),   dK = dS^T Q / sqrt(d).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:  # type: ignore[override]
+        with torch.autocast("cpu", enabled=False):  # softmax of bfloat16 sums in float32 by itself
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            if mask is not None:
+                scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+            attention = scores.softmax(-1)
+            kept, ctx.scale = _draw(attention, p)
+            ctx.save_for_backward(q, k, v, attention, kept)
+            ctx.mask_shape = None if mask is None else mask.shape
+            # the scale on D values per query and not on T weights
+            return torch.mul(attention, kept, out=scores).matmul(v).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, attention, kept = ctx.saved_tensors
+        grad = grad * ctx.scale
+        grad_v = (attention * kept).transpose(-2, -1) @ grad
+        grad_attention = (grad @ v.transpose(-2, -1)).mul_(kept)
+        grad_scores = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
+        scale = q.shape[-1] ** -0.5
+        grad_q = (grad_scores @ k).mul_(scale)
+        grad_k = (grad_scores.transpose(-2, -1) @ q).mul_(scale)
+        grad_mask = grad_scores.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
+        return grad_q, grad_k, grad_v, grad_mask, None

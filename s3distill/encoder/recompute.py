@@ -1,0 +1,143 @@
+"""GELU in front of a Linear or a convolution, whose output is computed again in the backward pass instead of kept.
+
+What stands between two matmuls costs hardly any time and much memory: of a HuBERT Base student with gates, these products
+are a quarter of what a training step on a CPU keeps for the backward pass. Where nothing is kept anyway, where something
+else than a plain Linear or Conv1d follows (masks, adapters, hooks), and on other devices, the modules themselves are called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s3distill import kernels
+
+
+def gelu_linear(x: Tensor, gate: Tensor | None, linear: nn.Linear) -> Tensor:
+    """Linear(z * GELU(x)).
+
+    Args:
+        x: [B, T, F], in front of the activation.
+        gate: z, [F], or None = 1.
+    Returns:
+        [B, T, C]
+    """
+    if not _is_plain(linear, nn.Linear) or not _is_ours(x, linear.weight):
+        inner = F.gelu(x)
+        if gate is not None:
+            inner = inner * gate.to(inner.dtype)
+        return linear(inner)  # type: ignore[no-any-return]
+    result: Tensor = _GeluLinear.apply(x, gate, linear.weight, linear.bias)
+    return result
+
+
+def gelu_conv(x: Tensor, gate: Tensor | None, conv: nn.Conv1d) -> Tensor:
+    """Conv1d(z * GELU(x)), computed as the convolution of GELU(x) with the weights z * W: those are fewer.
+
+    Args:
+        x: [B, C_in, T_in], in front of the activation.
+        gate: z, [C_in], or None = 1.
+    Returns:
+        [B, C, T]
+    """
+    weight = conv.weight if gate is None else conv.weight * gate.to(conv.weight.dtype)[:, None]
+    if not _is_plain(conv, nn.Conv1d) or not _is_ours(x, weight):
+        return conv._conv_forward(F.gelu(x), weight, conv.bias)
+    result: Tensor = _GeluConv.apply(x, weight, conv.bias, conv.stride)
+    return result
+
+
+def _is_plain(module: nn.Module, kind: type) -> bool:
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _is_ours(x: Tensor, weight: Tensor) -> bool:
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    keeps = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return x.device.type == "cpu" and keeps and not graph
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product of ``x`` is computed in: under autocast its type."""
+    return torch.get_autocast_dtype(x.device.type) if kernels.is_autocast(x.device) else x.dtype
+
+
+def _through_gelu(grad: Tensor, x: Tensor) -> Tensor:
+    """GELU'(x) dy, written over ``grad``: dy of the first convolutions is among the largest tensors of a step."""
+    result: Tensor = torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+    return result
+
+
+class _GeluLinear(torch.autograd.Function):
+    """Keeps x, and not the two products [B, T, F] behind it; with a = GELU(x), u = z a and y = W u + b,
+
+    dW = dy u^T,   du = W^T dy,   dz = sum du a,   dx = GELU'(x) z du.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.dtype = dtype = _compute_dtype(x)
+        ctx.save_for_backward(x, gate, weight)  # not what it is rounded to under autocast: that is soon done again
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            inner = F.gelu(x).to(dtype)
+            if gate is not None:
+                inner.mul_(gate.to(dtype))
+            return F.linear(inner, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, gate, weight = ctx.saved_tensors
+        dtype = ctx.dtype
+        rows = grad.flatten(0, -2)  # [B * T, C]
+        activated = F.gelu(x).to(dtype)
+        inner = activated if gate is None else activated * gate.to(dtype)
+        grad_weight = (rows.t() @ inner.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        grad_bias = rows.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+        grad_inner = (rows @ weight.to(dtype)).view(x.shape)
+        grad_gate = None
+        if gate is not None:
+            if ctx.needs_input_grad[1]:
+                grad_gate = torch.mul(grad_inner, activated, out=inner).flatten(0, -2).sum(0).to(gate.dtype)
+            grad_inner = grad_inner.mul_(gate.to(dtype))
+        grad_x = _through_gelu(grad_inner.to(x.dtype), x) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_gate, grad_weight, grad_bias
+
+
+class _GeluConv(torch.autograd.Function):
+    """Keeps x, and not GELU(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int]) -> Tensor:  # type: ignore[override]
+        ctx.dtype = dtype = _compute_dtype(x)
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype, ctx.stride = None if bias is None else bias.dtype, stride
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv1d(F.gelu(x).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), stride)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        activated = F.gelu(x).to(ctx.dtype)
+        needs = ctx.needs_input_grad
+        sizes = None if ctx.bias_dtype is None else [weight.shape[0]]
+        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad,
+            activated,
+            weight.to(ctx.dtype),
+            sizes,
+            list(ctx.stride),
+            [0],
+            [1],
+            False,
+            [0],
+            1,
+            [needs[0], needs[1], needs[2]],
+        )
+        del activated
+        grad_x = _through_gelu(grad_input.to(x.dtype), x) if needs[0] else None
+        grad_weight = grad_weight.to(weight.dtype) if needs[1] else None
+        return grad_x, grad_weight, grad_bias.to(ctx.bias_dtype) if needs[2] else None, None
