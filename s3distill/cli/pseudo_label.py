@@ -24,6 +24,7 @@ _LIMITS = {
     "min-word-ratio": (float, "fewer words for each word of --reference"),
     "max-word-ratio": (float, "more words for each word of --reference"),
     "min-confidence": (float, "a lower mean posterior of its symbols"),
+    "min-score": (float, "a lower log-probability per symbol, all paths counted (at most 0)"),
 }
 
 

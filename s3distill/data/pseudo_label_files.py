@@ -114,7 +114,8 @@ def _judge(
 ) -> str | None:
     units = hypothesis.units.split()
     seconds = num_samples / SAMPLE_RATE
-    verdict = filters.judge(Candidate(text.words(units), seconds, hypothesis.confidence, reference))
+    score = hypothesis.score / max(len(units), 1)
+    verdict = filters.judge(Candidate(text.words(units), seconds, hypothesis.confidence, reference, score))
     if verdict is None and len(units) + sum(a == b for a, b in itertools.pairwise(units)) > num_frames(num_samples):
         return TOO_LONG  # the boundary behind the last word is not always the teacher's
     return verdict
