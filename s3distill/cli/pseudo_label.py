@@ -77,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace labels that are there; drop what was decoded with other settings",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    _add_filters(parser)
+
+
+def _add_filters(parser: argparse.ArgumentParser) -> None:
     filters = parser.add_argument_group(
         "filters", "an utterance is removed if its best hypothesis has, and a worse hypothesis if it has itself:"
     )
