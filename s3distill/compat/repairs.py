@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from s3distill.compat.bleu import know_empty_transcripts
 from s3distill.compat.half_precision import know_changed_weights
 from s3distill.compat.loading import (
     _FAIRSEQ_CLASSES,
@@ -93,6 +94,7 @@ def install() -> None:
     know_starts()
     know_eval_only()
     know_changed_weights()
+    know_empty_transcripts()
     _register_data2vec()
 
 

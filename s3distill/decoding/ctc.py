@@ -20,6 +20,7 @@ class CtcHypothesis:
         positional_scores: log-probability of each symbol's frames, [N] float32.
         timesteps: frame at which each symbol begins, [N] int64 (at 50 Hz for the released models).
         ends: frame behind the last one of each symbol, [N] int64.
+        words: those of the lexicon where there was one; None: the symbols say.
     """
 
     tokens: Tensor
@@ -27,6 +28,7 @@ class CtcHypothesis:
     positional_scores: Tensor
     timesteps: Tensor
     ends: Tensor
+    words: tuple[str, ...] | None = None
 
 
 def greedy_decode(log_probs: Tensor, padding_mask: Tensor | None, blank: int) -> list[CtcHypothesis]:

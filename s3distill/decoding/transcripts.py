@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from s3distill.decoding.words import TimedWord
+
 
 @dataclass(frozen=True)
 class Transcript:
-    """One utterance: units with spaces between them, and where it stands in the manifest."""
+    """One utterance: units with spaces between them, and where it stands in the manifest.
+
+    Attributes:
+        words: what was decoded, as the lexicon spells it; None: the units say.
+        confidence: mean posterior of the symbols over their frames; None where the decoder does not say.
+        times: the words with their times.
+    """
 
     utterance: int
     hypothesis: str
     reference: str
+    words: str | None = None
+    confidence: float | None = None
+    times: tuple[TimedWord, ...] = ()
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A hypothesis for the n-best file: units with spaces between them, log-probability, mean posterior."""
+
+    units: str
+    score: float
+    confidence: float
 
 
 @dataclass
@@ -21,12 +41,19 @@ class Transcripts:
     Attributes:
         words: per split, what was said as `.wrd` has it, by utterance; a split without `.wrd` is missing.
         has_word_boundary: whether ``|`` is a symbol, so that units join to words there.
-        decode_seconds: time spent in model and decoder; audio_seconds: length of what was decoded.
+        has_pieces: whether units are sentencepiece's.
+        audio: per split, the files of its utterances as the manifest has them.
+        nbest: n-best lists by utterance, best first, where they are kept.
+        decode_seconds: time spent in model and decoder; search_seconds: in the decoder alone; audio_seconds: length of what was decoded.
     """
 
     words: dict[str, list[str]] = field(default_factory=dict)
     has_word_boundary: bool = True
+    has_pieces: bool = False
+    audio: dict[str, list[str]] = field(default_factory=dict)
+    nbest: dict[int, tuple[Guess, ...]] = field(default_factory=dict)
     decode_seconds: float = 0.0
+    search_seconds: float = 0.0
     audio_seconds: float = 0.0
     _by_utterance: dict[int, Transcript] = field(default_factory=dict)
 

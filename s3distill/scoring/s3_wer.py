@@ -4,16 +4,21 @@
 import json
 import logging
 import os
+import resource
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 from fairseq.data.data_utils import post_process
 from fairseq.dataclass import FairseqDataclass
 from fairseq.scoring import BaseScorer, register_scorer
 from omegaconf import II
 
 from s3distill.data.manifest import write_lines
+from s3distill.data.nbest import ENDING, Hypothesis, NbestEntry, write_nbest
 from s3distill.decoding.scoring import ErrorRates, error_rates
 from s3distill.decoding.transcripts import Transcripts
 
@@ -54,7 +59,17 @@ class S3WerScorer(BaseScorer):
         rates, texts = self._score()
         if self.cfg.results_path:
             self._write(Path(self.cfg.results_path), rates, texts)
-        return f"{rates}; decoded {self.transcripts.audio_seconds:.1f} s of audio in {self.transcripts.decode_seconds:.1f} s"
+        return f"{rates}; {self._speed()}"
+
+    def _speed(self) -> str:
+        """How long the audio took: in all and per second of it, model and decoder apart; and the memory at its peak."""
+        run = self.transcripts
+        rtf = run.decode_seconds / max(run.audio_seconds, 1e-9)
+        parts = f"RTF {rtf:.4f}"
+        if run.search_seconds:
+            of_search = run.search_seconds / max(run.audio_seconds, 1e-9)
+            parts += f": model {rtf - of_search:.4f}, decoder {of_search:.4f}"
+        return f"decoded {run.audio_seconds:.1f} s of audio in {run.decode_seconds:.1f} s ({parts}), peak memory {_peak_memory()}"
 
     def _score(self) -> tuple[ErrorRates, dict[str, list[str]]]:
         """Error rates, and the texts behind them by the name of their file, in the manifest's order."""
@@ -67,13 +82,14 @@ class S3WerScorer(BaseScorer):
         texts = {
             "hypo.units": [t.hypothesis for t in transcripts],
             "ref.units": [t.reference for t in transcripts],
-            "hypo.word": [self._words(t.hypothesis) for t in transcripts],
+            "hypo.word": [self._words(t.hypothesis) if t.words is None else t.words for t in transcripts],
             "ref.word": [words[t.utterance] if words else self._words(t.reference) for t in transcripts],
         }
         return error_rates(texts["ref.word"], texts["hypo.word"], texts["ref.units"], texts["hypo.units"]), texts
 
     def _words(self, units: str) -> str:
-        default = "letter" if self.transcripts.has_word_boundary else "none"
+        pieces = "sentencepiece" if self.transcripts.has_pieces else "none"
+        default = "letter" if self.transcripts.has_word_boundary else pieces
         return " ".join(post_process(units, self.cfg.post_process or default).split())
 
     def _write(self, folder: Path, rates: ErrorRates, texts: dict[str, list[str]]) -> None:
@@ -90,6 +106,52 @@ class S3WerScorer(BaseScorer):
             "word_references": "wrd" if subset in self.transcripts.words else "labels",
             "decode_seconds": self.transcripts.decode_seconds,
             "audio_seconds": self.transcripts.audio_seconds,
+            "search_seconds": self.transcripts.search_seconds,
         }
         write_lines(folder / f"scores-{subset}.json", [json.dumps(scores, indent=2)])
+        if any(t.confidence is not None for t in self.transcripts.in_order()):
+            write_lines(folder / f"{subset}.words.jsonl", _timed_lines(self.transcripts, subset, texts["hypo.word"]))
+        if self.transcripts.nbest:
+            write_nbest(folder / f"{subset}.{ENDING}", _nbest_entries(self.transcripts, subset))
         logger.info("%d transcripts and scores-%s.json written to %s", len(ids), subset, folder)
+
+
+def _timed_lines(transcripts: Transcripts, subset: str, texts: list[str]) -> Iterator[str]:
+    """A JSON object per utterance: its file, its text, how sure it is, and when each word was said."""
+    files = transcripts.audio.get(subset)
+    for transcript, text in zip(transcripts.in_order(), texts, strict=True):
+        words = [
+            {
+                "word": w.word,
+                "start_s": round(w.start_s, 3),
+                "end_s": round(w.end_s, 3),
+                "confidence": round(w.confidence, 4),
+            }
+            for w in transcript.times
+        ]
+        yield json.dumps(
+            {
+                "utterance": transcript.utterance,
+                "audio": files[transcript.utterance] if files else None,
+                "text": text,
+                "confidence": None if transcript.confidence is None else round(transcript.confidence, 4),
+                "words": words,
+            },
+            ensure_ascii=False,
+        )
+
+
+def _nbest_entries(transcripts: Transcripts, subset: str) -> Iterator[NbestEntry]:
+    """The n-best lists in the manifest's order."""
+    for utterance, guesses in sorted(transcripts.nbest.items()):
+        hypotheses = tuple(Hypothesis(g.units, g.score, g.confidence) for g in guesses)
+        yield NbestEntry(transcripts.audio[subset][utterance], hypotheses)
+
+
+def _peak_memory() -> str:
+    """Of this process, libraries included, and of the GPU where there is one."""
+    unit = 2**10 if sys.platform == "linux" else 1  # bytes; getrusage counts in KiB on Linux
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB"
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        memory += f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the GPU"
+    return memory

@@ -3,36 +3,30 @@
 # no `from __future__ import annotations`: fairseq reads the types of config fields
 import importlib
 import logging
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
-from fairseq import utils
-from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_finetuning import AudioFinetuningConfig, AudioFinetuningTask
 from omegaconf import II
-from torch import Tensor
 
-from s3distill.data.manifest import read_dictionary, read_labels
-from s3distill.decoding.ctc import CtcHypothesis, average_log_probs, greedy_decode
-from s3distill.decoding.transcripts import Transcript, Transcripts
-from s3distill.encoder.config import SAMPLE_RATE
+from s3distill.data.manifest import read_dictionary, read_labels, read_manifest
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.scoring.s3_wer import S3WerScorer
 from s3distill.tasks._audio import check_split, set_root
 from s3distill.tasks._autocast import AUTOCAST_DTYPES, AutocastSteps, check_autocast
 from s3distill.tasks._bank_model import BankModel, dictionary_of, open_entry
+from s3distill.tasks._ctc_generator import CtcGenerator
+from s3distill.tasks._decoding import DecodingConfig, build_search
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class AudioCtcConfig(AudioFinetuningConfig):
-    """fairseq's `audio_finetuning` options, and a mask bank for decoding: `--path` is then the backbone."""
+class AudioCtcConfig(DecodingConfig, AudioFinetuningConfig):
+    """fairseq's `audio_finetuning` options, those of decoding, and a mask bank for it: `--path` is then the backbone."""
 
     mask_bank: Optional[str] = field(
         default=None, metadata={"help": "decoding: lay masks of this bank over the model of --path, their backbone"}
@@ -52,7 +46,7 @@ class AudioCtcConfig(AudioFinetuningConfig):
 
 @register_task("audio_ctc", dataclass=AudioCtcConfig)
 class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
-    """fairseq's `audio_finetuning` with manifests checked before training, relative roots, and greedy decoding."""
+    """fairseq's `audio_finetuning` with manifests checked before training, relative roots, and decoding."""
 
     cfg: AudioCtcConfig
 
@@ -166,6 +160,12 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
             )
         return [line for i, line in enumerate(lines) if i not in skipped]
 
+    def _files_of(self, split: str) -> list[str]:
+        """The files of the dataset's utterances, as the manifest has them."""
+        skipped = getattr(_audio(self.datasets[split]), "skipped_indices", set())
+        entries = read_manifest(Path(self.cfg.data) / f"{split}.tsv").entries
+        return [name for i, (name, _) in enumerate(entries) if i not in skipped]
+
     def get_batch_iterator(self, dataset: Any, max_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         longest = max((int(size) for size in getattr(_audio(dataset), "sizes", ())), default=0)
         if max_tokens is not None and longest > max_tokens:
@@ -181,71 +181,12 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
     def build_generator(self, models: Any, args: Any, *rest: Any, **options: Any) -> Any:
         if self.cfg.autoregressive:
             return super().build_generator(models, args, *rest, **options)
-        dictionary = self.target_dictionary
-        generator = CtcGenerator(dictionary, dictionary.index(self.blank_symbol), self.words)
+        dictionary, blank = self.target_dictionary, self.target_dictionary.index(self.blank_symbol)
+        search = build_search(self.cfg, args, dictionary, blank)
+        audio = {split: self._files_of(split) for split in self.datasets if not self.cfg.multi_corpus_keys}
+        generator = CtcGenerator(dictionary, blank, search, self.words, audio, args.nbest)
         S3WerScorer.run = generator.transcripts
         return generator
-
-
-class CtcGenerator:
-    """What `fairseq-generate` calls for each batch of a CTC model; keeps the transcripts for `s3_wer`.
-
-    Args:
-        dictionary: symbols of the model's output.
-        blank: index of the blank.
-        words: see `Transcripts.words`.
-    """
-
-    def __init__(self, dictionary: Dictionary, blank: int, words: dict[str, list[str]]) -> None:
-        self.dictionary, self.blank = dictionary, blank
-        self.symbols_to_strip_from_output = {blank, dictionary.pad(), dictionary.eos()}
-        self.transcripts = Transcripts(words, has_word_boundary="|" in dictionary.symbols)
-
-    @torch.no_grad()
-    def generate(self, models: list[Any], sample: dict[str, Any], **_: Any) -> list[list[dict[str, Any]]]:
-        """Decodes a batch.
-
-        Returns:
-            Per utterance a list of one hypothesis: ``tokens`` [N], ``score`` and ``positional_scores`` [N] (natural logarithm),
-            ``alignment`` [N, 2] (frame, position of the symbol that begins there).
-        """
-        start = time.perf_counter()
-        outputs = [_frames(model, sample["net_input"]) for model in models]
-        hypotheses = greedy_decode(average_log_probs([p for p, _ in outputs]), outputs[0][1], self.blank)
-        self.transcripts.decode_seconds += time.perf_counter() - start
-        self._keep(sample, hypotheses)
-        return [[_to_fairseq(h)] for h in hypotheses]
-
-    def _keep(self, sample: dict[str, Any], hypotheses: list[CtcHypothesis]) -> None:
-        source, padding_mask = sample["net_input"]["source"], sample["net_input"].get("padding_mask")
-        num_samples = source.numel() if padding_mask is None else int((~padding_mask).sum())
-        self.transcripts.audio_seconds += num_samples / SAMPLE_RATE
-        for utterance, target, hypothesis in zip(sample["id"].tolist(), sample["target"], hypotheses, strict=True):
-            reference = utils.strip_pad(target, self.dictionary.pad())
-            self.transcripts.add(
-                Transcript(utterance, self._units(hypothesis.tokens), self._units(reference, escape_unk=True))
-            )
-
-    def _units(self, tokens: Tensor, escape_unk: bool = False) -> str:
-        return str(self.dictionary.string(tokens.int().cpu(), None, escape_unk, self.symbols_to_strip_from_output))
-
-
-def _frames(model: Any, net_input: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities [B, T, V] of a fairseq CTC model and its padding mask [B, T]."""
-    output = model(**net_input)
-    log_probs = model.get_normalized_probs(output, log_probs=True)  # [T, B, V]
-    # read behind get_normalized_probs, in which some models still correct the mask's length
-    return log_probs.transpose(0, 1), output["padding_mask"]
-
-
-def _to_fairseq(hypothesis: CtcHypothesis) -> dict[str, Any]:
-    positions = torch.arange(len(hypothesis.tokens))
-    return {
-        "tokens": hypothesis.tokens,
-        "score": hypothesis.score,
-        "positional_scores": hypothesis.positional_scores.clone(),  # fairseq changes it in place
-        "alignment": torch.stack([hypothesis.timesteps, positions], dim=1),
-    }
 
 
 def _parts(split: str, multi_corpus_keys: str | None) -> list[tuple[str | None, str]]:
