@@ -311,3 +311,23 @@ def test_labels_that_do_not_fit_are_named(
         "x.ltr:1: labels must be of the dictionary of the pseudo-labels (| A B C ...), but" in capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lexicon_limits_what_the_teacher_says(
+    label: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("flashlight.lib.text")
+    (tmp_path / "lexicon.txt").write_text("AB\tA B |\nBA\tB A |\nCAB\tC A B |\n")
+    assert label(tmp_path / "out", "--lexicon", str(tmp_path / "lexicon.txt"), "--word-score", "1", "--nbest", "2") == 0
+    words = set((tmp_path / "out" / "pool.wrd").read_text().split())
+    assert words and words <= {"AB", "BA", "CAB"}
+    (tmp_path / "lexicon.txt").write_text("AB\tA B |\n")
+    options = ("--lexicon", str(tmp_path / "lexicon.txt"), "--word-score", "1", "--nbest", "2")
+    assert label(tmp_path / "out", *options, "--name", "other") == 0  # a journal of its own
+    capsys.readouterr()
+    (tmp_path / "lexicon.txt").write_text("BA\tB A |\n")
+    (tmp_path / "out" / "other.tsv").unlink()
+    assert label(tmp_path / "out", *options, "--name", "other", "--overwrite", "--merge") == 2, "of another lexicon"
+    capsys.readouterr()
+    assert label(tmp_path / "out", "--lm-weight", "2", "--overwrite") == 2
+    assert "`lm_weight` and `word_score` need a language model or lexicon, but there is none" in capsys.readouterr().err
