@@ -67,7 +67,7 @@ class PseudoLabeller:
     def settings(self, manifest: Manifest, options: DecodeOptions) -> dict[str, Any]:
         """Everything that decides what is decoded, for the journal."""
         return {
-            "teacher": content_digest(self.model.state_dict(), f"normalize={self.model.normalize}"),
+            "teacher": content_digest(self.model.state_dict(), f"{self.model.normalize} {' '.join(self.symbols)}"),
             "manifest": hashlib.sha256(manifest.path.read_bytes()).hexdigest(),
             "dictionary": list(self.text.symbols),
             **options.settings(),
