@@ -82,7 +82,9 @@ def test_students_teach_until_they_gain_too_little(work: Path) -> None:
 
 
 def test_a_worse_student_never_teaches(work: Path) -> None:
-    output, calls = run(work, {"teacher": 30.0, "generation1": 31.0, "generation2": 29.0}, MIN_GAIN="-2", GENERATIONS="2")
+    output, calls = run(
+        work, {"teacher": 30.0, "generation1": 31.0, "generation2": 29.0}, MIN_GAIN="-2", GENERATIONS="2"
+    )
     assert teachers(calls)[:2] == ["first.pt", "first.pt"]
     assert f"the best model is {last(work, 'generation2')}" in output
 
