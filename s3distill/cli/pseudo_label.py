@@ -12,8 +12,9 @@ from s3distill.data.labelled_split import gold_split, join_splits
 from s3distill.data.manifest import label_path, validate_for_training
 from s3distill.data.manifest_check import RECEPTIVE_FIELD
 from s3distill.data.manifest_lines import Manifest
-from s3distill.data.pseudo_label_files import OutputFiles, read_reference, report, select, table
+from s3distill.data.pseudo_label_files import OutputFiles, read_reference, select
 from s3distill.data.pseudo_label_journal import Decoded, Journal
+from s3distill.data.pseudo_label_report import report, table
 from s3distill.data.pseudo_label_search import DecodeOptions
 from s3distill.data.pseudo_labels import PseudoLabeller
 from s3distill.data.text_filters import CODECS, DEFAULT_RATIO, TextFilters
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_filters(parser: argparse.ArgumentParser) -> None:
     filters = parser.add_argument_group(
-        "filters", "an utterance is removed if its best hypothesis has, and a worse hypothesis if it has itself:"
+        "filters", "an utterance is removed if its best hypothesis has, a worse hypothesis if its own text has:"
     )
     filters.add_argument(
         "--codec",

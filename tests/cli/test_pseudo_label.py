@@ -160,6 +160,31 @@ def test_filters_can_be_changed_without_decoding_again(
     assert any(line.split()[:3] == ["-", "confidence", "2"] for line in lines)
 
 
+def test_doubt_is_the_utterances_and_text_is_each_hypothesis_own(label: Callable[..., int], tmp_path: Path) -> None:
+    def hypotheses(out: Path) -> dict[str, list[tuple[str, float]]]:
+        manifest = read_manifest(out / "pool.tsv")
+        entries = read_nbest(nbest_path(manifest.path), manifest)
+        return {entry.audio: [(h.units, h.score / len(h.units.split())) for h in entry.hypotheses] for entry in entries}
+
+    label(tmp_path / "raw", "--nbest", "4")
+    raw = hypotheses(tmp_path / "raw")
+    limit = sorted(guesses[0][1] for guesses in raw.values())[2]
+    label(tmp_path / "sure", "--nbest", "4", "--min-score", str(limit))
+    sure = hypotheses(tmp_path / "sure")
+    assert sure == {audio: guesses for audio, guesses in raw.items() if guesses[0][1] >= limit}
+    assert any(score < limit for guesses in sure.values() for _, score in guesses)
+    most = min(len(guesses[0][0].split("|")) for guesses in raw.values())  # words of the shortest, and one
+    lengths = [len(units.split("|")) for guesses in raw.values() for units, _ in guesses]
+    assert max(lengths) > most
+    label(tmp_path / "few", "--nbest", "4", "--reference", "ltr", "--max-word-ratio", str(most - 1))
+    few = hypotheses(tmp_path / "few")
+    assert few == {
+        audio: [guess for guess in guesses if len(guess[0].split("|")) <= most]
+        for audio, guesses in raw.items()
+        if len(guesses[0][0].split("|")) <= most
+    }
+
+
 def test_an_empty_result_is_an_error_and_nothing_is_written(
     label: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
