@@ -15,7 +15,7 @@ options, with their defaults:
   STUDENT=TEACHER         CTC checkpoint that every student starts from, e.g. a compressed one
   UPDATES=200             of each student
   NBEST=4                 hypotheses of each utterance
-  FILTERS="--max-loop 2 --min-confidence 0.9"   of the filtered labels, beside the compression ratio; see s3distill pseudo-label --help
+  FILTERS="--max-loop 2 --min-score -0.03"   of the filtered labels, beside the compression ratio; see s3distill pseudo-label --help
   ROWS="..."              of: labelled gold raw_one_best raw_uniform raw_ranked filtered_one_best filtered_uniform filtered_ranked
   OUT=outputs/pseudo_labels   folder of everything
   ARGS, TEACHER_ARGS      more overrides: of the students' trainings, of the teacher's
@@ -25,7 +25,7 @@ fi
 OUT=${OUT:-outputs/pseudo_labels}
 DATA=${DATA:-$OUT/demo}
 UPDATES=${UPDATES:-200}
-FILTERS=${FILTERS:---max-loop 2 --min-confidence 0.9}
+FILTERS=${FILTERS:---max-loop 2 --min-score -0.03}
 ROWS=${ROWS:-labelled gold raw_one_best raw_uniform raw_ranked filtered_one_best filtered_uniform filtered_ranked}
 # shellcheck source=examples/steps.sh
 source examples/steps.sh
@@ -43,7 +43,7 @@ decode() { # RUN
         shift
         step "labels/$name" s3distill pseudo-label "$OUT/data/pool.tsv" --teacher "$TEACHER" -o "$OUT/labels/$name" --name train \
             --nbest "${NBEST:-4}" --add "$OUT/data/labelled.tsv" --reference wrd --overwrite "$@"
-        cp -u "$OUT"/data/{valid,test}.{tsv,ltr,wrd} "$OUT/labels/$name"
+        step "labels/$name.valid" python examples/pseudo_labels/copy_split.py "$OUT/data" "$OUT/labels/$name" valid
     }
     student() { # NAME DATA SPLIT OVERRIDE...
         local name=$1 data=$2 split=$3

@@ -13,7 +13,9 @@ import random
 import shutil
 from pathlib import Path
 
-from s3distill.data.manifest import read_labels, read_manifest, write_lines, write_manifest
+from copy_split import copy_split
+
+from s3distill.data.manifest import read_manifest
 
 
 def main() -> None:
@@ -34,18 +36,9 @@ def main() -> None:
     shutil.copyfile(args.data / "dict.ltr.txt", args.out / "dict.ltr.txt")
     parts = {"labelled": sorted(labelled), "pool": sorted(set(range(number)) - labelled)}
     for name, indices in parts.items():
-        write(args.data, args.train, args.out, name, indices)
+        copy_split(args.data / args.train, args.out / name, indices)
     for name in args.keep:
-        write(args.data, name, args.out, name, list(range(len(read_manifest(args.data / f"{name}.tsv").entries))))
-
-
-def write(data: Path, source: str, out: Path, name: str, indices: list[int]) -> None:
-    manifest = read_manifest(data / f"{source}.tsv")
-    for ending in ("ltr", "wrd"):
-        lines = read_labels(data / f"{source}.{ending}")
-        write_lines(out / f"{name}.{ending}", [lines[i] for i in indices])
-    write_manifest(out / f"{name}.tsv", manifest.root, [manifest.entries[i] for i in indices])
-    print(f"{out / name}.tsv: {len(indices)} utterances")
+        copy_split(args.data / name, args.out / name)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from s3distill.data.labelled_split import gold_split, join_splits
 from s3distill.data.manifest import label_path, validate_for_training
 from s3distill.data.manifest_check import RECEPTIVE_FIELD
 from s3distill.data.manifest_lines import Manifest
-from s3distill.data.pseudo_label_files import OutputFiles, read_reference, report, select, table
+from s3distill.data.pseudo_label_files import OutputFiles, read_reference, select
 from s3distill.data.pseudo_label_journal import Decoded, Journal
-from s3distill.data.pseudo_labels import DecodeOptions, PseudoLabeller
+from s3distill.data.pseudo_label_report import report, table
+from s3distill.data.pseudo_label_search import DecodeOptions
+from s3distill.data.pseudo_labels import PseudoLabeller
 from s3distill.data.text_filters import CODECS, DEFAULT_RATIO, TextFilters
 
 _LIMITS = {
@@ -24,6 +26,7 @@ _LIMITS = {
     "min-word-ratio": (float, "fewer words for each word of --reference"),
     "max-word-ratio": (float, "more words for each word of --reference"),
     "min-confidence": (float, "a lower mean posterior of its symbols"),
+    "min-score": (float, "a lower log-probability per symbol, all paths counted (at most 0)"),
 }
 
 
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--beam",
         type=int,
         metavar="N",
-        help="width of the search (default: greedy for --nbest 1, else the larger of 10 and 2 K)",
+        help="width of the search (default: greedy for --nbest 1, else the larger of 10 and 2 K; 50 with a lexicon or language model)",
     )
     parser.add_argument(
         "--dict", metavar="PATH", help="dictionary that the labels are written in (default: the teacher's)"
@@ -76,8 +79,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace labels that are there; drop what was decoded with other settings",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    language_model = parser.add_argument_group("lexicon and language model (pip install 's3distill[decode]')")
+    language_model.add_argument("--lexicon", metavar="PATH", help="words and their spellings")
+    language_model.add_argument(
+        "--ngram-lm", metavar="PATH", help="KenLM file: over words with a lexicon, over symbols without"
+    )
+    language_model.add_argument("--lm-weight", type=float, default=0.0, metavar="X", help="of the model (%(default)s)")
+    language_model.add_argument("--word-score", type=float, default=0.0, metavar="X", help="of each word (%(default)s)")
+    _add_filters(parser)
+
+
+def _add_filters(parser: argparse.ArgumentParser) -> None:
     filters = parser.add_argument_group(
-        "filters", "an utterance is removed if its best hypothesis has, and a worse hypothesis if it has itself:"
+        "filters", "an utterance is removed if its best hypothesis has, a worse hypothesis if its own text has:"
     )
     filters.add_argument(
         "--codec",
@@ -154,8 +168,13 @@ def _decode(
 def _options(args: argparse.Namespace) -> DecodeOptions:
     if args.merge and args.shard:
         raise ValueError("--merge and --shard exclude each other: first each shard, then --merge alone")
-    beam = args.beam if args.beam is not None else 1 if args.nbest == 1 else max(10, 2 * args.nbest)
-    return DecodeOptions(args.nbest, beam, args.batch_size, *(args.shard or (1, 1)))
+    beam = args.beam
+    if beam is None and (args.lexicon or args.ngram_lm):
+        beam = max(50, args.nbest)
+    elif beam is None:
+        beam = 1 if args.nbest == 1 else max(10, 2 * args.nbest)
+    language_model = (args.lexicon, args.ngram_lm, args.lm_weight, args.word_score)
+    return DecodeOptions(args.nbest, beam, args.batch_size, *language_model, *(args.shard or (1, 1)))
 
 
 def _filters(args: argparse.Namespace) -> TextFilters:

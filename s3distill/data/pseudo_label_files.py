@@ -27,7 +27,6 @@ from s3distill.data.manifest_lines import Manifest
 from s3distill.data.nbest import ENDING, Hypothesis, NbestEntry, write_nbest
 from s3distill.data.pseudo_label_journal import Decoded
 from s3distill.data.text_filters import Candidate, TextFilters
-from s3distill.decoding.scoring import error_rates
 from s3distill.encoder.config import SAMPLE_RATE
 
 DICTIONARY = "dict.ltr.txt"
@@ -84,7 +83,7 @@ def read_reference(path: Path, manifest: Manifest, text: LabelText) -> list[str]
 def select(
     manifest: Manifest, decoded: Decoded, text: LabelText, filters: TextFilters, reference: Sequence[str] | None
 ) -> Selection:
-    """Judges every hypothesis: an utterance goes with its best one, the others go alone.
+    """Judges the text of every hypothesis, and how sure the best is: an utterance goes with its best one, the others go alone.
 
     Args:
         decoded: all utterances of the manifest.
@@ -98,7 +97,7 @@ def select(
             continue
         hypotheses = [Hypothesis(**fields) for fields in decoded[index]["hypotheses"]]
         known = None if reference is None else reference[index]
-        verdicts = [_judge(hypothesis, num_samples, text, filters, known) for hypothesis in hypotheses]
+        verdicts = [_judge(hypothesis, hypotheses[0], num_samples, text, filters, known) for hypothesis in hypotheses]
         if verdicts[0] is not None:
             selection.removed[verdicts[0]].append(index)
             continue
@@ -110,48 +109,21 @@ def select(
 
 
 def _judge(
-    hypothesis: Hypothesis, num_samples: int, text: LabelText, filters: TextFilters, reference: str | None
+    hypothesis: Hypothesis,
+    best: Hypothesis,
+    num_samples: int,
+    text: LabelText,
+    filters: TextFilters,
+    reference: str | None,
 ) -> str | None:
+    """The filter that removes a hypothesis. Doubt is the utterance's, so it is that of the best one: the weights of K-best
+    training know already that the others are less likely."""
     units = hypothesis.units.split()
-    seconds = num_samples / SAMPLE_RATE
-    verdict = filters.judge(Candidate(text.words(units), seconds, hypothesis.confidence, reference))
+    seconds, score = num_samples / SAMPLE_RATE, best.score / max(len(best.units.split()), 1)
+    verdict = filters.judge(Candidate(text.words(units), seconds, best.confidence, reference, score))
     if verdict is None and len(units) + sum(a == b for a, b in itertools.pairwise(units)) > num_frames(num_samples):
         return TOO_LONG  # the boundary behind the last word is not always the teacher's
     return verdict
-
-
-def report(
-    manifest: Manifest, decoded: Decoded, selection: Selection, text: LabelText, reference: Sequence[str] | None
-) -> dict[str, Any]:
-    """What was removed and what stayed, for JSON: utterances and hours, and, where words are known, the labels' error rate."""
-    lengths = [num_samples / SAMPLE_RATE / 3600 for _, num_samples in manifest.entries]
-    kept = selection.indices
-    best = [entry.hypotheses[0] for entry in selection.entries]
-    values: dict[str, Any] = {
-        "utterances": {"all": len(lengths), "kept": len(kept)},
-        "hours": {"all": sum(lengths), "kept": sum(lengths[index] for index in kept)},
-        "removed": {
-            name: {"utterances": len(indices), "hours": sum(lengths[index] for index in indices)}
-            for name, indices in selection.removed.items()
-        },
-        "hypotheses": {
-            "kept": sum(len(entry.hypotheses) for entry in selection.entries),
-            "dropped": selection.num_dropped,
-        },
-        "mean_confidence": sum(hypothesis.confidence for hypothesis in best) / len(best) if best else None,
-    }
-    if reference is not None:
-        written = [_best_words(decoded[index], text) for index in range(len(lengths))]
-        values["label_wer"] = {
-            "all": error_rates(reference, written).wer,
-            "kept": error_rates([reference[i] for i in kept], [written[i] for i in kept]).wer if kept else None,
-        }
-    return values
-
-
-def _best_words(utterance: dict[str, Any], text: LabelText) -> str:
-    hypotheses = utterance["hypotheses"]
-    return text.words(hypotheses[0]["units"].split()) if hypotheses else ""
 
 
 @dataclass(frozen=True)
@@ -221,26 +193,3 @@ class OutputFiles:
                 self.path("wrd").unlink(missing_ok=True)
             for path in sorted(new.folder.iterdir(), key=lambda path: path.suffix == ".tsv"):
                 os.replace(path, self.folder / path.name)
-
-
-def table(values: dict[str, Any]) -> list[str]:
-    """The report as lines to read."""
-    rows = [("", "utterances", "hours"), _row("decoded", values, "all")]
-    rows += [(f"- {name}", str(r["utterances"]), f"{r['hours']:.3f}") for name, r in values["removed"].items()]
-    rows.append(_row("kept", values, "kept"))
-    lines = [f"{name:24}{count:>12}{hours:>12}" for name, count, hours in rows]
-    hypotheses = values["hypotheses"]
-    lines.append(f"hypotheses: {hypotheses['kept']} kept, {hypotheses['dropped']} behind the best were removed")
-    if values["mean_confidence"] is not None:
-        lines.append(f"mean confidence of the labels: {values['mean_confidence']:.4f}")
-    if "label_wer" in values:
-        kept = values["label_wer"]["kept"]
-        lines.append(
-            f"WER of the labels against the reference: {values['label_wer']['all']:.2f}% before the filters"
-            + ("" if kept is None else f", {kept:.2f}% behind them")
-        )
-    return lines
-
-
-def _row(name: str, values: dict[str, Any], which: str) -> tuple[str, str, str]:
-    return name, str(values["utterances"][which]), f"{values['hours'][which]:.3f}"

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +18,15 @@ from s3distill.data.label_text import LabelText, spelled_symbols
 from s3distill.data.manifest import PathLike, read_dictionary
 from s3distill.data.manifest_lines import Manifest
 from s3distill.data.pseudo_label_journal import Decoded, Journal
-from s3distill.decoding.ctc import CtcHypothesis, greedy_decode
-from s3distill.decoding.prefix_beam import prefix_beam_search
+from s3distill.data.pseudo_label_search import DecodeOptions, Search, search_of
+from s3distill.decoding.ctc import CtcHypothesis
 from s3distill.encoder.ctc_head import SPECIAL_SYMBOLS
 from s3distill.encoder.speech_model import SpeechModel
 from s3distill.masks.checksum import content_digest
 
 logger = logging.getLogger(__name__)
 
-BLANK = 0  # fairseq's `<s>`
 DECIMALS = 4  # of scores and confidences that are written
-
-
-@dataclass(frozen=True)
-class DecodeOptions:
-    """How a manifest is decoded.
-
-    Args:
-        nbest: hypotheses to keep of each utterance.
-        beam: width of the prefix beam search; 1 with ``nbest=1`` is greedy decoding.
-        batch_size: utterances at a time. Batches are the same whatever the shards, so that not even rounding differs.
-        shard, num_shards: decode every ``num_shards``-th batch, from 1.
-    """
-
-    nbest: int = 1
-    beam: int = 1
-    batch_size: int = 8
-    shard: int = 1
-    num_shards: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("nbest", "beam", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}")
-        if self.beam < self.nbest:
-            raise ValueError(
-                f"`beam` must be at least `nbest`, since no more hypotheses are at hand, but they are {self.beam} and {self.nbest}"
-            )
-        if not 1 <= self.shard <= self.num_shards:
-            raise ValueError(
-                f"a shard must be I/N with I from 1 to N, but is {self.shard}/{self.num_shards}; the first of four is 1/4"
-            )
 
 
 class PseudoLabeller:
@@ -100,17 +67,16 @@ class PseudoLabeller:
     def settings(self, manifest: Manifest, options: DecodeOptions) -> dict[str, Any]:
         """Everything that decides what is decoded, for the journal."""
         return {
-            "teacher": content_digest(self.model.state_dict(), f"normalize={self.model.normalize}"),
+            "teacher": content_digest(self.model.state_dict(), f"{self.model.normalize} {' '.join(self.symbols)}"),
             "manifest": hashlib.sha256(manifest.path.read_bytes()).hexdigest(),
             "dictionary": list(self.text.symbols),
-            "nbest": options.nbest,
-            "beam": options.beam,
-            "batch_size": options.batch_size,
+            **options.settings(),
         }
 
     def decode(self, manifest: Manifest, journal: Journal, options: DecodeOptions, progress: bool = True) -> Decoded:
         """Decodes what the journal lacks of a shard, and returns all that the journal then holds, of every shard."""
         decoded, finished = journal.read()
+        search = search_of(self.symbols, options)
         batches = batches_of(manifest, options.batch_size)
         todo = [b for b in range(options.shard - 1, len(batches), options.num_shards) if b not in finished]
         if finished and todo:
@@ -121,7 +87,9 @@ class PseudoLabeller:
             tqdm(total=total, desc=manifest.path.name, unit=" utterances", disable=not progress) as bar,
         ):
             for b in todo:
-                utterances = self._decode_batch([manifest.audio_path(index) for index in batches[b]], options)
+                utterances = self._decode_batch(
+                    [manifest.audio_path(index) for index in batches[b]], search, options.nbest
+                )
                 lines = [{"index": i, **utterance} for i, utterance in zip(batches[b], utterances, strict=True)]
                 writer.write({"batch": b, "utterances": lines})
                 decoded |= {line["index"]: line for line in lines}
@@ -129,7 +97,7 @@ class PseudoLabeller:
         return decoded
 
     @torch.inference_mode()
-    def _decode_batch(self, paths: Sequence[Path], options: DecodeOptions) -> list[dict[str, Any]]:
+    def _decode_batch(self, paths: Sequence[Path], search: Search, nbest: int) -> list[dict[str, Any]]:
         """Audio files -> what the journal says of each."""
         device = next(self.model.parameters()).device
         audio = [torch.from_numpy(read_audio(path)) for path in paths]
@@ -138,14 +106,9 @@ class PseudoLabeller:
         out = self.model(waveforms, lengths)
         assert out.logits is not None
         log_probs = out.logits.float().log_softmax(-1)  # [B, T, V]
-        if options.beam == 1:
-            found = [[hypothesis] for hypothesis in greedy_decode(log_probs, out.padding_mask, BLANK)]
-        else:
-            found = prefix_beam_search(log_probs, out.padding_mask, BLANK, options.beam, options.beam)
+        found = search(log_probs, out.padding_mask)
         log_probs = log_probs.cpu()
-        return [
-            self._utterance(row, hypotheses, options.nbest) for row, hypotheses in zip(log_probs, found, strict=True)
-        ]
+        return [self._utterance(row, hypotheses, nbest) for row, hypotheses in zip(log_probs, found, strict=True)]
 
     def _utterance(self, log_probs: Tensor, hypotheses: Sequence[CtcHypothesis], nbest: int) -> dict[str, Any]:
         """Hypotheses of one utterance, log_probs [T, V], in the target dictionary; those that become equal are joined."""

@@ -75,12 +75,14 @@ class Candidate:
         seconds: length of its audio.
         confidence: mean posterior of its symbols, in [0, 1].
         reference: what is known to be said, or None.
+        score: log-probability per symbol, natural logarithm, at most 0.
     """
 
     text: str
     seconds: float
     confidence: float
     reference: str | None = None
+    score: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class TextFilters:
         min_chars_per_second, max_chars_per_second: remove texts that are too short or too long for their audio.
         min_word_ratio, max_word_ratio: remove texts with fewer or more words for each word of their reference.
         min_confidence: remove texts whose mean posterior is lower.
+        min_score: remove texts whose log-probability per symbol is lower (Park et al., 2020, normalise theirs by length, too).
     Raises:
         ValueError: a threshold out of its range, or a lower limit above the upper one.
     """
@@ -106,16 +109,25 @@ class TextFilters:
     min_word_ratio: float | None = None
     max_word_ratio: float | None = None
     min_confidence: float | None = None
+    min_score: float | None = None
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise ValueError(f"`codec` must be one of {', '.join(CODECS)}, but is {self.codec!r}")
-        limits = {name: value for name, value in asdict(self).items() if name != "codec" and value is not None}
+        limits = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("codec", "min_score") and value is not None
+        }
         for name, value in limits.items():
             if not value >= 0:
                 raise ValueError(f"`{name}` must be at least 0, but is {value}; leave it out to filter nothing")
         if not 0 <= (self.min_confidence or 0) <= 1:
             raise ValueError(f"`min_confidence` must be in [0, 1], a mean posterior, but is {self.min_confidence}")
+        if self.min_score is not None and not self.min_score <= 0:
+            raise ValueError(
+                f"`min_score` must be at most 0, the logarithm of a probability, but is {self.min_score}; -0.5 keeps 61% per symbol"
+            )
         if self.max_loop == 0:
             raise ValueError("`max_loop` must be at least 1, since every phrase stands there once, but is 0")
         for name in ("chars_per_second", "word_ratio"):
@@ -166,6 +178,7 @@ class TextFilters:
             ("too_few_words", self.min_word_ratio, lambda c, least: word_ratio(c.text, _reference(c)) < least),
             ("too_many_words", self.max_word_ratio, lambda c, most: word_ratio(c.text, _reference(c)) > most),
             ("confidence", self.min_confidence, lambda c, least: c.confidence < least),
+            ("score", self.min_score, lambda c, least: c.score < least),
         )
 
 

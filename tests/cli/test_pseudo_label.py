@@ -160,6 +160,31 @@ def test_filters_can_be_changed_without_decoding_again(
     assert any(line.split()[:3] == ["-", "confidence", "2"] for line in lines)
 
 
+def test_doubt_is_the_utterances_and_text_is_each_hypothesis_own(label: Callable[..., int], tmp_path: Path) -> None:
+    def hypotheses(out: Path) -> dict[str, list[tuple[str, float]]]:
+        manifest = read_manifest(out / "pool.tsv")
+        entries = read_nbest(nbest_path(manifest.path), manifest)
+        return {entry.audio: [(h.units, h.score / len(h.units.split())) for h in entry.hypotheses] for entry in entries}
+
+    label(tmp_path / "raw", "--nbest", "4")
+    raw = hypotheses(tmp_path / "raw")
+    limit = sorted(guesses[0][1] for guesses in raw.values())[2]
+    label(tmp_path / "sure", "--nbest", "4", "--min-score", str(limit))
+    sure = hypotheses(tmp_path / "sure")
+    assert sure == {audio: guesses for audio, guesses in raw.items() if guesses[0][1] >= limit}
+    assert any(score < limit for guesses in sure.values() for _, score in guesses)
+    most = min(len(guesses[0][0].split("|")) for guesses in raw.values())  # words of the shortest, and one
+    lengths = [len(units.split("|")) for guesses in raw.values() for units, _ in guesses]
+    assert max(lengths) > most
+    label(tmp_path / "few", "--nbest", "4", "--reference", "ltr", "--max-word-ratio", str(most - 1))
+    few = hypotheses(tmp_path / "few")
+    assert few == {
+        audio: [guess for guess in guesses if len(guess[0].split("|")) <= most]
+        for audio, guesses in raw.items()
+        if len(guesses[0][0].split("|")) <= most
+    }
+
+
 def test_an_empty_result_is_an_error_and_nothing_is_written(
     label: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,3 +336,23 @@ def test_labels_that_do_not_fit_are_named(
         "x.ltr:1: labels must be of the dictionary of the pseudo-labels (| A B C ...), but" in capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lexicon_limits_what_the_teacher_says(
+    label: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("flashlight.lib.text")
+    (tmp_path / "lexicon.txt").write_text("AB\tA B |\nBA\tB A |\nCAB\tC A B |\n")
+    assert label(tmp_path / "out", "--lexicon", str(tmp_path / "lexicon.txt"), "--word-score", "1", "--nbest", "2") == 0
+    words = set((tmp_path / "out" / "pool.wrd").read_text().split())
+    assert words and words <= {"AB", "BA", "CAB"}
+    (tmp_path / "lexicon.txt").write_text("AB\tA B |\n")
+    options = ("--lexicon", str(tmp_path / "lexicon.txt"), "--word-score", "1", "--nbest", "2")
+    assert label(tmp_path / "out", *options, "--name", "other") == 0  # a journal of its own
+    capsys.readouterr()
+    (tmp_path / "lexicon.txt").write_text("BA\tB A |\n")
+    (tmp_path / "out" / "other.tsv").unlink()
+    assert label(tmp_path / "out", *options, "--name", "other", "--overwrite", "--merge") == 2, "of another lexicon"
+    capsys.readouterr()
+    assert label(tmp_path / "out", "--lm-weight", "2", "--overwrite") == 2
+    assert "`lm_weight` and `word_score` need a language model or lexicon, but there is none" in capsys.readouterr().err

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from s3distill.data.manifest import read_manifest, write_manifest
-from s3distill.data.pseudo_labels import DecodeOptions, PseudoLabeller, batches_of, mean_posterior
+from s3distill.data.pseudo_label_search import DecodeOptions
+from s3distill.data.pseudo_labels import PseudoLabeller, batches_of, mean_posterior
 from s3distill.decoding.ctc import greedy_decode
 from s3distill.decoding.prefix_beam import prefix_beam_search
 

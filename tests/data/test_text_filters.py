@@ -88,6 +88,14 @@ def test_confidence_is_a_lower_limit() -> None:
     assert filters.judge(Candidate("a", 1.0, 0.89)) == "confidence"
 
 
+def test_score_is_a_lower_limit() -> None:
+    filters = TextFilters(min_score=-0.5)
+    assert filters.judge(Candidate("a", 1.0, 0.9, None, -0.5)) is None
+    assert filters.judge(Candidate("a", 1.0, 0.9, None, -0.51)) == "score"
+    with pytest.raises(ValueError, match=r"`min_score` must be at most 0, the logarithm of a probability, but is 0\.5"):
+        TextFilters(min_score=0.5)
+
+
 def test_filters_run_in_order_and_a_text_is_removed_once() -> None:
     filters = TextFilters(max_compression_ratio=2.4, max_loop=2, max_chars_per_second=1, min_confidence=0.9)
     assert filters.names == ["empty", "compression_ratio", "loop", "too_fast", "confidence"]
