@@ -77,7 +77,7 @@ for lambda in ${LAMBDAS:-1 10 100}; do
 done
 for gamma in ${GAMMAS:-0.1 1}; do
     learn_b "tac_$gamma" "criterion.old_model_paths=[$OLD]" "criterion.tac_gamma=$gamma"
-    step "tac_$gamma/old_head" s3distill old-head "$(last "tac_$gamma")" "$OLD" "$OUT/tac_$gamma/old_task.pt"
+    step "old_head_$gamma" s3distill old-head "$(last "tac_$gamma")" "$OLD" "$OUT/tac_$gamma/old_task.pt"
     decode "tac_$gamma/old_head" "$OUT/tac_$gamma/old_task.pt" "$DATA_A"
     rows+=("tac_$gamma")
 done
