@@ -83,7 +83,7 @@ for gamma in ${GAMMAS:-0.1 1}; do
 done
 for share in ${REPLAY:-0.2 0.5}; do
     learn_b "replay_$share" task.multi_corpus_keys="'new,old'" "dataset.train_subset='new:train,old:$DATA_A/train'" \
-        "dataset.valid_subset='new:$VALID'" "task.multi_corpus_sampling_weights='$(python3 -c "print(1 - $share)"),$share'"
+        "task.multi_corpus_sampling_weights='$(python3 -c "print(1 - $share)"),$share'"
     rows+=("replay_$share")
 done
 # shellcheck disable=SC2086
