@@ -41,9 +41,9 @@ def command(folder: Path, out: Path, *overrides: str, max_update: int = 6) -> li
     return [*head, *(f"{key}={value}" for key, value in options.items()), *overrides]
 
 
-def both(folder: Path) -> list[str]:
+def both(folder: Path, ewc_lambda: float = 0.01) -> list[str]:
     return [
-        *(f"criterion.ewc_paths=[{folder / 'old.safetensors'}]", "criterion.ewc_lambda=0.01"),
+        *(f"criterion.ewc_paths=[{folder / 'old.safetensors'}]", f"criterion.ewc_lambda={ewc_lambda}"),
         *(f"criterion.old_model_paths=[{folder / 'old.pt'}]", "criterion.tac_gamma=0.5"),
     ]
 
@@ -117,3 +117,16 @@ def test_replay_mixes_in_the_old_data(kit: Any, folder: Path, tmp_path: Path) ->
     state = compat.load_checkpoint(kit.last_checkpoint(tmp_path))
     assert state["criterion"] is None  # nothing beside the model learns here
     decode(kit, folder / "old", kit.last_checkpoint(tmp_path), tmp_path)  # one manifest, for a model of two
+
+
+def test_two_ranks_are_one_with_twice_the_batches(kit: Any, folder: Path, tmp_path: Path) -> None:
+    """Old heads learn on all ranks alike; EWC, which each rank has whole, counts once."""
+    options = [*both(folder, ewc_lambda=10), "dataset.batch_size=2"]
+    for rank in kit.start_ranks(command(folder, tmp_path / "ranks", *options, max_update=3)):
+        rank.succeeded()
+    one = command(folder, tmp_path / "one", *options, "optimization.update_freq=[2]", max_update=3)
+    kit.commands.run(*one).succeeded()
+    ranks, single = (compat.load_checkpoint(kit.last_checkpoint(tmp_path / name)) for name in ("ranks", "one"))
+    for part in ("model", "criterion"):
+        for name, value in single[part].items():
+            torch.testing.assert_close(ranks[part][name], value, rtol=0, atol=2e-4)
