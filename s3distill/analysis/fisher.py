@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Utterances:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __iter__(self) -> Iterable[tuple[str, Tensor, Tensor | None]]:
+    def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         for position, index in enumerate(self.indices):
             path = self.manifest.audio_path(index)
             target = None if self.targets is None else torch.tensor(self.targets[position], dtype=torch.long)
