@@ -15,7 +15,7 @@ PYTHON="${PYTHON:-python3}"
 VENV_PYTHON=.venv/bin/python
 STAMP=.venv/s3distill-ready     # written last: what the environment was made from
 BUILDING=.venv/s3distill-making # there while it is being made: holds the process id
-EXTRAS=train,demo,plots,dev
+EXTRAS=train,demo,plots,decode,test-hf,dev
 
 say() { echo "[env] $*"; }
 fail() {
