@@ -40,6 +40,11 @@ class Fisher:
     targets: str
     symbols: tuple[str, ...]
 
+    def mean(self) -> float:
+        """Mean of F over all parameters."""
+        total = sum(float(value.double().sum()) for value in self.values.values())
+        return total / max(sum(value.numel() for value in self.values.values()), 1)
+
     def fingerprint(self) -> str:
         """Names the model: SHA-256 over its parameters."""
         return backbone_checksum(self.means)

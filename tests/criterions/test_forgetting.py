@@ -114,6 +114,21 @@ def test_ewc_holds_weights_as_the_fisher_says(folder: Path) -> None:
     torch.testing.assert_close(loss_gradient - other_gradient, 3 * num_frames * pull, rtol=1e-3, atol=1e-3)
 
 
+def test_normalised_by_the_mean_of_each_file(folder: Path) -> None:
+    """Two files of very different size count alike, whichever scale they have."""
+    criterion, model, task = build(folder, ewc_paths=["old", "older"], ewc_lambda=1.0, ewc_normalize=True)
+    move(model)
+    log = criterion(model, batch(task))[2]
+    parameters, expected = dict(model.named_parameters()), 0.0
+    for name in ("old", "older"):
+        file = read_fisher(folder / f"{name}.safetensors")
+        mean = torch.cat([value.flatten() for value in file.values.values()]).double().mean().item()
+        assert file.mean() == pytest.approx(mean, rel=1e-9) and abs(mean - 1) > 0.1
+        for key, value in file.values.items():
+            expected += (value * (parameters[key].detach() - file.means[key]).square()).sum().item() / mean
+    assert log["loss_ewc"].item() == pytest.approx(expected * log["sample_size"], rel=1e-4)
+
+
 def test_a_free_head_is_not_held(folder: Path) -> None:
     criterion, model, task = build(folder, **EWC, ewc_head=False)
     with torch.no_grad():
@@ -172,6 +187,7 @@ def test_padding_changes_nothing(folder: Path, options: dict) -> None:
         ({**EWC, "ewc_lambda": -1.0}, r"`criterion.ewc_lambda` must be at least 0 and finite, but is -1.0"),
         ({"old_model_paths": ["old"]}, r"`criterion.old_model_paths` and `criterion.tac_gamma` belong together"),
         ({"ewc_head": False}, r"`criterion.ewc_head` is about `criterion.ewc_paths`, which is empty"),
+        ({"ewc_normalize": True}, r"`criterion.ewc_normalize` is about `criterion.ewc_paths`, which is empty"),
         ({"old_heads": "frozen"}, r"`criterion.old_heads` is about `criterion.old_model_paths`, which is empty"),
         (
             {**EWC, "start": "wide.pt"},
