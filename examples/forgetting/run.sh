@@ -12,6 +12,7 @@ options, with their defaults:
   LANGUAGES="en nl"        languages A and B of the demo speech
   MINUTES=6                of training speech per language
   OLD=FILE                 recogniser of A over the dictionary of both (OUT/dict); else a small one is trained on DATA_A
+  BACKBONE=                pre-trained checkpoint that A's recogniser is fine-tuned from (with what config/quickstart/finetune says)
   OLD_UPDATES=900          of that training
   UPDATES=300              of each training on B
   LAMBDAS="0.001 0.01 0.1" of EWC, over the Fisher information divided by its mean
@@ -58,8 +59,12 @@ learn_b() { # NAME OVERRIDE...: the recogniser of A goes on with B's data
 }
 
 if [[ -z "${OLD:-}" ]]; then
+    start=(--config-name teacher)
+    if [[ -n "${BACKBONE:-}" ]]; then
+        start=(--config-name finetune "model.w2v_path=$BACKBONE")
+    fi
     # shellcheck disable=SC2086
-    step before fairseq-hydra-train --config-dir config/quickstart --config-name teacher "hydra.run.dir=$OUT/before" "task.data=$DATA_A" \
+    step before fairseq-hydra-train --config-dir config/quickstart "${start[@]}" "hydra.run.dir=$OUT/before" "task.data=$DATA_A" \
         "++task.target_dictionary=$DICT" "dataset.valid_subset=$VALID" "optimization.max_update=${OLD_UPDATES:-900}" \
         "dataset.validate_after_updates=${OLD_UPDATES:-900}" ${OLD_ARGS:-} ${ARGS:-}
     OLD=$(last before)
