@@ -10,7 +10,7 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_finetuning import AudioFinetuningConfig, AudioFinetuningTask
-from omegaconf import II
+from omegaconf import II, OmegaConf
 
 from s3distill.data.manifest import read_dictionary, read_labels, read_manifest
 from s3distill.encoder.model import SpeechEncoder
@@ -108,6 +108,8 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
             task_cfg = self.cfg
             task_cfg.normalize = bool(self.bank.info(self.cfg.mask_name).get("normalize", False))
         options = task_cfg or self.cfg
+        if options.get("multi_corpus_keys") and ":" not in split:  # one manifest, for a model that learned from several
+            task_cfg = options = OmegaConf.merge(options, {"multi_corpus_keys": None})
         parts = _parts(split, options.get("multi_corpus_keys"))
         roots = {}
         if not options.get("binarized_dataset", False):
