@@ -13,7 +13,8 @@ from s3distill.analysis.lm_weights import Trial, compute_log_probs, sweep, write
 from s3distill.data.manifest import label_path, validate_for_training, write_lines
 from s3distill.data.manifest_check import RECEPTIVE_FIELD
 from s3distill.data.pseudo_label_files import read_reference
-from s3distill.data.pseudo_labels import BLANK, PseudoLabeller
+from s3distill.data.pseudo_label_search import BLANK
+from s3distill.data.pseudo_labels import PseudoLabeller
 from s3distill.decoding.lexicon_lm import LexiconLmSearch, LmOptions
 
 LM_WEIGHTS, WORD_SCORES = "0.5,1,1.5,2,3", "-2,-1,0,1,2"
