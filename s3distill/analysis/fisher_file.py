@@ -32,6 +32,8 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix != SUFFIX:
         raise ValueError(f"a Fisher file must end in {SUFFIX}, but is {path}")
+    if path.is_dir():
+        raise ValueError(f"a Fisher file must be a file, but {path} is a folder; choose another name")
     if not path.parent.is_dir():
         raise ValueError(f"the folder of the file must exist, but {path.parent} does not; make it first")
     return path

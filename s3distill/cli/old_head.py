@@ -29,6 +29,11 @@ def run(args: argparse.Namespace) -> int:
     state, old_state = compat.load_checkpoint(args.run), compat.load_checkpoint(args.old)
     new, old = baked(parse_checkpoint(state, args.run), args.run), parse_checkpoint(old_state, args.old)
     _require_head(old, args.old)
+    if old.normalize != new.normalize:
+        raise ValueError(
+            f"RUN and OLD must hear audio alike, but normalize is {new.normalize} in {args.run} and {old.normalize} in {args.old}; was RUN "
+            "started from OLD?"
+        )
     head = learned_head(state, args.old)
     origin = "as the run learned it along" if head is not None else f"as it is in {args.old}"
     head = head or old.head_state

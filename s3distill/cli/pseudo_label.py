@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 import s3distill
+from s3distill.cli._device import device_of
 from s3distill.data.labelled_split import gold_split, join_splits
 from s3distill.data.manifest import label_path, validate_for_training
 from s3distill.data.manifest_check import RECEPTIVE_FIELD
@@ -118,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     files = OutputFiles(Path(args.output), args.name or Path(args.manifest).stem)
     may_replace = args.overwrite or args.shard is not None  # a shard writes none of them
     files.check(args.manifest, None, may_replace)
-    device = _device(args.device)
+    device = device_of(args.device)
     labeller = PseudoLabeller(s3distill.load(args.teacher), args.teacher, args.teacher_dict, args.dict)
     files.check(args.manifest, labeller.text, may_replace)
     reference = None
@@ -198,10 +197,3 @@ def _shard(text: str) -> tuple[int, int]:
     if not (slash and index.isdecimal() and number.isdecimal()):
         raise argparse.ArgumentTypeError(f"must be I/N, as in 1/4, but is {text!r}")
     return int(index), int(number)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=torch.device(name)).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device must be one that is there, but {name!r} is not; pass cpu") from error

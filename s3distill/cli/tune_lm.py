@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import s3distill
+from s3distill.cli._device import device_of
 from s3distill.analysis.lm_weights import Trial, compute_log_probs, sweep, write_trials
 from s3distill.data.manifest import label_path, validate_for_training, write_lines
 from s3distill.data.manifest_check import RECEPTIVE_FIELD
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.output is not None and not Path(args.output).is_dir():
         raise ValueError(f"the folder of the results must exist, but {args.output} does not; make it first")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, but is {args.batch_size}")
+    device = device_of(args.device)
     lm_weights = args.lm_weights or _numbers(LM_WEIGHTS if args.ngram_lm else "0")
     word_scores = args.word_scores or _numbers(WORD_SCORES if args.lexicon else "0")
     manifest = validate_for_training(args.manifest, min_samples=RECEPTIVE_FIELD)
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.labels is None and not labels.is_file():
         labels = label_path(args.manifest, "ltr")
     references = read_reference(labels, manifest, model.text)
-    log_probs = compute_log_probs(model.model.to(args.device), manifest, args.batch_size, not args.no_progress)
+    log_probs = compute_log_probs(model.model.to(device), manifest, args.batch_size, not args.no_progress)
     trials = sweep(
         log_probs, references, search, model.text.words, lm_weights, word_scores, progress=not args.no_progress
     )
@@ -75,7 +79,9 @@ def _report(trials: list[Trial], args: argparse.Namespace) -> None:
     if len(trials) > NUM_SHOWN:
         print(f"and {len(trials) - NUM_SHOWN} more, up to {trials[-1].wer:.2f}%")
     best = trials[0]
-    line = ["--decoder", "lexicon" if args.lexicon else "ngram", "--beam", f"{args.beam}"]
+    # without its language model, the search over symbols is that of `beam`
+    decoder = "lexicon" if args.lexicon else "ngram" if best.lm_weight else "beam"
+    line = ["--decoder", decoder, "--beam", f"{args.beam}"]
     if args.lexicon:
         line += ["--lexicon", args.lexicon]
     if args.ngram_lm and best.lm_weight:

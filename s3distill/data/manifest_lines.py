@@ -68,6 +68,10 @@ def read_lines(path: str | os.PathLike[str], what: str, remedy: str = FILE_REMED
     except UnicodeDecodeError as error:
         found = f"byte {error.start} is not UTF-8"
         return [], [Fault(str(path), None, f"the {what} must be UTF-8 text", found, "convert it, as with iconv")]
+    if text.startswith("\ufeff"):
+        found = "it starts with a byte order mark, which would belong to its first word"
+        remedy = "save it as UTF-8 without one"
+        return [], [Fault(str(path), None, f"the {what} must be plain UTF-8", found, remedy)]
     lines = text.split("\n")
     if lines[-1] == "":
         lines.pop()

@@ -149,6 +149,10 @@ class OutputFiles:
         Raises:
             ValueError: an output is there already without ``overwrite``, is the manifest itself, or the folder's dictionary is another.
         """
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"--name must be that of a split, without folders, but is {self.name!r}; pass those as -o")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"-o must be a folder, but {self.folder} is a file; choose another")
         endings = ("tsv", "ltr", "wrd", ENDING, "conf", "report.json")
         if self.path("tsv").resolve() == Path(manifest_path).resolve():
             raise ValueError(

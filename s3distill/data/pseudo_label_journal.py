@@ -47,8 +47,14 @@ class Journal:
                 continue
             self._check(path, lines[0])
             for line in lines[1:]:
-                batches.add(line["batch"])
-                decoded |= {utterance["index"]: utterance for utterance in line["utterances"]}
+                try:
+                    batches.add(line["batch"])
+                    decoded |= {utterance["index"]: utterance for utterance in line["utterances"]}
+                except (KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{path} is damaged: a line must hold a batch and its utterances, but one does not; remove the file to decode "
+                        "them again"
+                    ) from error
         return decoded, batches
 
     def drop_foreign(self) -> None:

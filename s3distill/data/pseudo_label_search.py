@@ -60,6 +60,12 @@ class DecodeOptions:
                 f"{self.word_score}; give `ngram_lm` or `lexicon`, or leave them out"
             )
 
+        if self.ngram_lm is not None and not self.lm_weight:
+            raise ValueError(
+                "`ngram_lm` has no effect at `lm_weight` 0, the default; give a weight such as 1 (`s3distill tune-lm` finds one), or "
+                "leave it out"
+            )
+
     @property
     def has_language_model(self) -> bool:
         return self.lexicon is not None or self.ngram_lm is not None
@@ -99,5 +105,7 @@ def _digest(path: str | None) -> str | None:
     """SHA-256 of a file."""
     if path is None:
         return None
+    if not Path(path).is_file():
+        raise ValueError(f"lexicon and language model must be files, but {path} is none; check the path")
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -21,12 +21,14 @@ def read_lexicon(path: str | os.PathLike[str], symbols: Mapping[str, int]) -> di
         ValueError: the file cannot be read, a line has no spelling, or the model lacks a symbol (all such symbols are named).
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the lexicon must be a readable UTF-8 file, but {path} is not: {error}") from error
     lexicon: dict[str, list[list[int]]] = {}
     unknown: dict[str, int] = {}  # symbol -> its first line
     for number, line in enumerate(lines, start=1):
+        if not line and number == len(lines):
+            break  # behind the last newline
         word, *spelling = line.split() or [""]
         if not spelling:
             raise ValueError(

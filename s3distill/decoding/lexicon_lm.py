@@ -231,7 +231,7 @@ def _known_words(path: str | os.PathLike[str], entries: list[str]) -> set[str]:
         config = kenlm.Config()
         config.show_progress = False  # flashlight reads the file again, and shows its own
         model = kenlm.Model(os.fspath(path), config)
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # kenlm's own messages may hold bytes of the file, no UTF-8
         raise ValueError(
             f"the language model must be an .arpa file or KenLM's own binary, but {path} is not: {str(error).splitlines()[0]}"
         ) from error
