@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from s3distill import compat
-from s3distill.cli._device import device_of
 from s3distill.analysis.fisher import Fisher, combine_fishers, estimate_fisher, find_utterances
 from s3distill.analysis.fisher_file import check_output, read_fisher, write_fisher
+from s3distill.cli._device import device_of
 from s3distill.data.manifest import label_path, read_dictionary
 from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.encoder.ctc_head import SPECIAL_SYMBOLS

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import s3distill
-from s3distill.cli._device import device_of
 from s3distill.analysis.lm_weights import Trial, compute_log_probs, sweep, write_trials
+from s3distill.cli._device import device_of
 from s3distill.data.manifest import label_path, validate_for_training, write_lines
 from s3distill.data.manifest_check import RECEPTIVE_FIELD
 from s3distill.data.pseudo_label_files import read_reference

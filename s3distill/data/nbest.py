@@ -1,6 +1,7 @@
 """The n-best file of a split, `SPLIT.nbest.jsonl`: what a recogniser heard in each utterance, several guesses each.
 
-Line i belongs to line i + 1 of `SPLIT.tsv` and is one JSON object:
+Line i belongs to line i + 1 of `SPLIT.tsv` and is one JSON object, with no hypotheses where decoding left the utterance out (too
+short) or heard nothing in it that training could use:
 
     {"audio": "train/1.flac", "hypotheses": [{"units": "H I |", "score": -0.31, "confidence": 0.97}, ...]}
 
@@ -43,7 +44,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class NbestEntry:
-    """One utterance: its file as the manifest has it, and its hypotheses, best first."""
+    """One utterance: its file as the manifest has it, and its hypotheses, best first; none where nothing could be heard."""
 
     audio: str
     hypotheses: tuple[Hypothesis, ...]
@@ -73,8 +74,8 @@ def read_nbest(path: PathLike, manifest: Manifest, symbols: Collection[str] | No
         manifest: the manifest that it belongs to.
         symbols: what units may be; None allows every symbol.
     Raises:
-        ValueError: the first faults with file, line, rule and remedy: another number of lines, no JSON, another audio file, no
-            hypothesis, an empty one, one twice, a unit that is no symbol, a score or confidence that is no such number, or
+        ValueError: the first faults with file, line, rule and remedy: another number of lines, no JSON, another audio file, an
+            empty hypothesis, one twice, a unit that is no symbol, a score or confidence that is no such number, or
             hypotheses that are not best first.
     """
     path = Path(path)
@@ -104,7 +105,7 @@ def _parse(line: str) -> tuple[NbestEntry | None, list[Problem]]:
     """A line as an entry whose fields have their types, or what is wrong with it."""
     try:
         return entry_of(json.loads(line)), []
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, KeyError, TypeError, OverflowError):
         shown = line if len(line) <= 80 else f"{line[:77]}..."
         rule = 'a line must be {"audio": FILE, "hypotheses": [{"units": TEXT, "score": NUMBER, "confidence": NUMBER}, ...]}'
         return None, [(rule, f"it is {shown!r}", _REMEDY)]
@@ -126,8 +127,6 @@ def entry_of(value: Any) -> NbestEntry:
 def _entry_problems(entry: NbestEntry, audio: str, symbols: Collection[str] | None) -> Iterator[Problem]:
     if entry.audio != audio:
         yield f"the utterance must be the manifest's, {audio!r}", f"it is {entry.audio!r}", _REMEDY
-    if not entry.hypotheses:
-        yield "an utterance must have at least one hypothesis", "it has none", "remove it from manifest and n-best file"
     if any(not hypothesis.units.split() for hypothesis in entry.hypotheses):
         yield "a hypothesis must have at least one unit", "one is empty", "remove it, or the utterance"
     repeated = _repeated([" ".join(hypothesis.units.split()) for hypothesis in entry.hypotheses])

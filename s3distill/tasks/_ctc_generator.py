@@ -114,7 +114,7 @@ class CtcGenerator:
                 kept[units] = Hypothesis(units, hypothesis.score, mean_posterior(frames, hypothesis))
         if not kept:
             logger.warning(
-                "utterance %d has no hypothesis that training could use: its n-best line is empty", utterance
+                "utterance %d has no hypothesis that training could use: its n-best list is empty", utterance
             )
         return list(kept.values())
 

@@ -1,7 +1,8 @@
 """Batches with a teacher's n-best hypotheses, for `criterion.seq_kd`."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from fairseq.data import BaseWrapperDataset, Dictionary
 from s3distill.data.manifest import read_manifest
 from s3distill.data.nbest import NbestEntry, nbest_path, read_nbest
 from s3distill.losses.sequence import NbestTargets
+
+logger = logging.getLogger(__name__)
 
 
 class NbestDataset(BaseWrapperDataset):
@@ -41,8 +44,8 @@ class NbestDataset(BaseWrapperDataset):
 def nbest_targets(entries: Sequence[NbestEntry], dictionary: Dictionary) -> NbestTargets:
     """The hypotheses of a batch as tensors; what an utterance lacks has the score -inf."""
     rows = [[[dictionary.index(unit) for unit in h.units.split()] for h in entry.hypotheses] for entry in entries]
-    num_best = max(map(len, rows))
-    longest = max(len(symbols) for row in rows for symbols in row)
+    num_best = max(1, *map(len, rows))
+    longest = max((len(symbols) for row in rows for symbols in row), default=1)
     symbols = torch.full((len(rows), num_best, longest), dictionary.pad())
     lengths = torch.zeros(len(rows), num_best, dtype=torch.int64)
     scores = torch.full((len(rows), num_best), -math.inf, dtype=torch.float64)
@@ -60,9 +63,28 @@ def with_nbest(dataset: Any, manifest_path: Path, dictionary: Dictionary) -> Nbe
         ValueError: the file is missing, or does not fit the manifest or the dictionary; see `read_nbest`.
     """
     symbols = dictionary.symbols[dictionary.nspecial :]
-    entries = read_nbest(nbest_path(manifest_path), read_manifest(manifest_path), symbols)
+    return NbestDataset(dataset, entries_of(dataset, nbest_path(manifest_path), manifest_path, symbols), dictionary)
+
+
+def entries_of(dataset: Any, path: Path, manifest_path: Path, symbols: Collection[str]) -> list[NbestEntry]:
+    """The n-best lists of a dataset's utterances; those without a hypothesis learn nothing from them.
+
+    Raises:
+        ValueError: see `read_nbest`; or no utterance has a hypothesis.
+    """
+    entries = read_nbest(path, read_manifest(manifest_path), symbols)
     audio = dataset
     while hasattr(audio, "dataset"):
         audio = audio.dataset
     skipped = getattr(audio, "skipped_indices", set())  # too short for task.min_sample_size
-    return NbestDataset(dataset, [entry for i, entry in enumerate(entries) if i not in skipped], dictionary)
+    used = [entry for i, entry in enumerate(entries) if i not in skipped]
+    num_empty = sum(not entry.hypotheses for entry in used)
+    if num_empty == len(used):
+        raise ValueError(
+            f"{path} must have a hypothesis to train on, but none of its {len(used)} utterances has one; decode them with a better model"
+        )
+    if num_empty:
+        logger.warning(
+            "%s: %d of %d utterances have no hypothesis, and learn nothing from it", path, num_empty, len(used)
+        )
+    return used

@@ -63,9 +63,7 @@ class Seq2SeqGenerator:
                 kept[units] = Hypothesis(units, float(hypothesis["score"]), confidence)
         if not kept:
             logger.warning(
-                "utterance %d has no hypothesis that training could use, so that its n-best file is refused there: remove it from "
-                "manifest, labels and n-best file, or decode with a better model or a wider beam",
-                utterance,
+                "utterance %d has no hypothesis that training could use: its n-best list is empty", utterance
             )
         return list(kept.values())
 

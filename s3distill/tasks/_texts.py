@@ -54,5 +54,7 @@ class TextDataset(BaseWrapperDataset):
     def _as_texts(self, texts: Sequence[Tensor]) -> Tuple[Tensor, Tensor]:
         """What the decoder reads, eos first, and what it is to say, eos last; [N, U] each, padded at the end."""
         eos, pad = torch.tensor([self.dictionary.eos()]), self.dictionary.pad()
+        if not texts:
+            return eos.new_zeros(0, 1), eos.new_zeros(0, 1)
         read = collate_tokens([torch.cat([eos, text]) for text in texts], pad)
         return read, collate_tokens([torch.cat([text, eos]) for text in texts], pad)

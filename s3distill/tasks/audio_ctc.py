@@ -168,8 +168,10 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
     def _files_of(self, split: str) -> list[str]:
         """The files of the dataset's utterances, as the manifest has them."""
         skipped = getattr(_audio(self.datasets[split]), "skipped_indices", set())
-        entries = read_manifest(Path(self.cfg.data) / f"{split}.tsv").entries
-        return [name for i, (name, _) in enumerate(entries) if i not in skipped]
+        return [name for i, (name, _) in enumerate(self._entries_of(split)) if i not in skipped]
+
+    def _entries_of(self, split: str) -> list[tuple[str, int]]:
+        return read_manifest(Path(self.cfg.data) / f"{split}.tsv").entries
 
     def get_batch_iterator(self, dataset: Any, max_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         longest = max((int(size) for size in getattr(_audio(dataset), "sizes", ())), default=0)
@@ -198,7 +200,10 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
                 "--nbest writes a file for one manifest, and must be 1 with multi_corpus_keys; decode one by one"
             )
         audio = {} if self.cfg.multi_corpus_keys else {split: self._files_of(split) for split in self.datasets}
-        lists = NbestLists(audio, args.nbest) if args.nbest > 1 else None
+        lists = None
+        if args.nbest > 1:
+            manifests = {split: [name for name, _ in self._entries_of(split)] for split in audio}
+            lists = NbestLists(audio, manifests, args.nbest)
         generator: Seq2SeqGenerator | CtcGenerator
         if has_decoder:
             generator = Seq2SeqGenerator(search, dictionary, self.words, lists)

@@ -9,10 +9,11 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from omegaconf import II
 
-from s3distill.data.manifest import read_dictionary, read_manifest
-from s3distill.data.nbest import ENDING, NbestEntry, read_nbest
+from s3distill.data.manifest import read_dictionary
+from s3distill.data.nbest import ENDING, NbestEntry
 from s3distill.encoder.teacher import DTYPES
 from s3distill.tasks._diverged import require_finite_parameters
+from s3distill.tasks._nbest import entries_of
 from s3distill.tasks._seq2seq_teacher import Seq2SeqTeacher
 from s3distill.tasks._texts import TextDataset
 from s3distill.tasks.audio_ctc import AudioCtcConfig, AudioCtcTask
@@ -100,7 +101,7 @@ class AudioSeq2SeqDistillTask(AudioCtcTask):
 
     def _read_nbest(self, split: str) -> List[NbestEntry]:
         """The n-best lists of the dataset's utterances (too short ones were skipped)."""
-        manifest = read_manifest(Path(self.cfg.data) / f"{split}.tsv")
+        manifest = Path(self.cfg.data) / f"{split}.tsv"
         path = Path(self.cfg.nbest_dir or self.cfg.data) / f"{split}.{ENDING}"
         if not path.is_file():
             raise FileNotFoundError(
@@ -108,12 +109,7 @@ class AudioSeq2SeqDistillTask(AudioCtcTask):
                 "--beam 5 --nbest 3 --scoring s3_wer --results-path DIR) and pass task.nbest_dir=DIR"
             )
         dictionary = Path(self.cfg.target_dictionary or self.cfg.data) / f"dict.{self.cfg.labels}.txt"
-        entries = read_nbest(path, manifest, read_dictionary(dictionary))
-        dataset = self.datasets[split]
-        while hasattr(dataset, "dataset"):
-            dataset = dataset.dataset
-        skipped = getattr(dataset, "skipped_indices", set())
-        return [entry for i, entry in enumerate(entries) if i not in skipped]
+        return entries_of(self.datasets[split], path, manifest, read_dictionary(dictionary))
 
 
 def _check(cfg: AudioSeq2SeqDistillConfig) -> None:

@@ -127,6 +127,19 @@ def test_a_batch_is_the_sum_of_its_utterances(data: Path, backbone: Path, teache
     assert together.item() == pytest.approx(sum(alone), rel=1e-4)
 
 
+def test_an_utterance_without_hypotheses_adds_its_label_alone(data: Path, backbone: Path, tmp_path: Path) -> None:
+    entries = [
+        NbestEntry(f"train/{i}.flac", tuple(Hypothesis(text, score, 0.5) for text, score in hypotheses) if i else ())
+        for i, hypotheses in enumerate(NBEST)
+    ]
+    write_nbest(tmp_path / "train.nbest.jsonl", entries)
+    options = {"nbest": True, "nbest_dir": str(tmp_path)}
+    parts = task, model, _ = build(data, backbone, None, options, alpha=0.4, seq_kd="ranked")
+    alone, other, together = (run(parts, rows)[0].item() for rows in ((0,), (1,), (0, 1)))
+    assert alone == pytest.approx(0.4 * cross_entropy(model, task, 0, seq2seq.TEXTS[0])[0], rel=1e-4)
+    assert together == pytest.approx(alone + other, rel=1e-4)
+
+
 def test_labels_alone_need_neither_teacher_nor_hypotheses(data: Path, backbone: Path) -> None:
     parts = task, model, _ = build(data, backbone, None, alpha=1.0)
     loss, _, log = run(parts, (0, 3))

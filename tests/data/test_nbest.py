@@ -55,7 +55,10 @@ def guess(units: str = "A |", score: object = -1.0, confidence: object = 0.5) ->
         (entry("a.flac", {"units": "A |"}), r"a line must be \{"),
         (entry("a.flac", guess(score="-1.0")), r"a line must be \{"),
         (entry("x.flac", guess()), r"the utterance must be the manifest's, 'a\.flac', but it is 'x\.flac'"),
-        (entry("a.flac"), "an utterance must have at least one hypothesis, but it has none"),
+        (
+            '{"audio": "a.flac", "hypotheses": [{"units": "A", "score": -1%s, "confidence": 1}]}' % ("0" * 400),
+            "a line must be",
+        ),
         (entry("a.flac", guess(" ")), "a hypothesis must have at least one unit, but one is empty"),
         (
             entry("a.flac", guess(), guess("A  |", -2.0)),
@@ -92,3 +95,9 @@ def test_many_faults_are_cut(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(manifest: Manifest) -> None:
     with pytest.raises(ValueError, match=r"the n-best file must be a readable file.*s3distill pseudo-label"):
         read_nbest(nbest_path(manifest.path), manifest)
+
+
+def test_an_utterance_that_decoding_left_out_has_an_empty_list(manifest: Manifest) -> None:
+    path = nbest_path(manifest.path)
+    path.write_text(f"{entry('a.flac')}\n{entry('b/c.flac', guess())}\n")
+    assert [len(found.hypotheses) for found in read_nbest(path, manifest, ["A", "B", "|"])] == [0, 1]

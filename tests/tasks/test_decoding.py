@@ -74,6 +74,19 @@ def test_the_n_best_file_is_one_that_training_reads(
     assert len(heard) > 2 and all(text == entry.hypotheses[0].units for text, entry in heard)
 
 
+def test_training_reads_the_n_best_file_where_utterances_are_too_short(
+    corpus: Path,  # noqa: F811
+    checkpoints: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """They are left out and keep their line, so that manifest and file stay in step."""
+    command = _command(corpus, checkpoints["wav2vec_ctc"])
+    _generate([*command, *BEAM, "--min-sample-size", "5000"], tmp_path)
+    entries = read_nbest(tmp_path / "test.nbest.jsonl", read_manifest(corpus / "test.tsv"), LETTERS)
+    assert [entry.audio for entry in entries] == [f"{i}.flac" for i in range(5)]
+    assert entries[2].hypotheses == () and sum(bool(entry.hypotheses) for entry in entries) > 2
+
+
 def test_times_and_confidences(
     corpus: Path,  # noqa: F811
     checkpoints: dict[str, Path],  # noqa: F811

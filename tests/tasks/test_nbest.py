@@ -16,6 +16,7 @@ from fairseq.data import Dictionary, FairseqDataset
 
 from s3distill.data.manifest import write_manifest
 from s3distill.data.nbest import Hypothesis, NbestEntry, nbest_path, write_nbest
+from s3distill.losses.sequence import NbestTargets, nbest_ctc_loss
 from s3distill.tasks._nbest import nbest_targets, with_nbest
 
 ENTRIES = [
@@ -73,3 +74,20 @@ def test_a_list_of_other_utterances_is_refused(dictionary: Dictionary, tmp_path:
     unknown = SimpleNamespace(symbols=[*dictionary.symbols[:6]], nspecial=4)
     with pytest.raises(ValueError, match="units must be in the dictionary, but 'B' is not"):
         with_nbest(Utterances(), tmp_path / "train.tsv", unknown)  # type: ignore[arg-type]
+
+
+def test_utterances_without_hypotheses_learn_nothing_from_them(
+    dictionary: Dictionary, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_manifest(tmp_path / "train.tsv", ".", [(entry.audio, 8000) for entry in ENTRIES])
+    write_nbest(nbest_path(tmp_path / "train.tsv"), [ENTRIES[0], NbestEntry("1.wav", ()), NbestEntry("2.wav", ())])
+    dataset = with_nbest(Utterances(), tmp_path / "train.tsv", dictionary)
+    assert "1 of 2 utterances have no hypothesis" in caplog.text  # the other one was too short for the task
+    batch = dataset.collater([{"id": 1, "size": 9}])["nbest"]
+    found = nbest_ctc_loss(torch.randn(1, 9, 7).log_softmax(-1), None, NbestTargets(**batch), 0)
+    assert found.total.item() == found.num_scored == 0
+    both = NbestTargets(**dataset.collater([{"id": 0, "size": 9}, {"id": 1, "size": 9}])["nbest"])
+    assert nbest_ctc_loss(torch.randn(2, 9, 7).log_softmax(-1), None, both, 0).num_scored == 1
+    write_nbest(nbest_path(tmp_path / "train.tsv"), [NbestEntry(entry.audio, ()) for entry in ENTRIES])
+    with pytest.raises(ValueError, match="must have a hypothesis to train on, but none of its 2 utterances has one"):
+        with_nbest(Utterances(), tmp_path / "train.tsv", dictionary)

@@ -135,11 +135,12 @@ def test_hypotheses_that_training_cannot_use_are_left_out(data: Path, caplog: py
         def generate(self, models: Any, sample: Any) -> Any:
             return [hypotheses, hypotheses[:2]]
 
-    lists = NbestLists({"train": ["0.flac", "1.flac"]}, 5)
+    lists = NbestLists({"train": ["0.flac", "1.flac"]}, {"train": ["0.flac", "short.flac", "1.flac"]}, 5)
     generator = Seq2SeqGenerator(Search(), dictionary, {}, lists)
     net_input = {"source": torch.zeros(2, 800), "padding_mask": None}
     generator.generate([], {"id": torch.tensor([1, 0]), "target": torch.tensor([[a, eos]] * 2), "net_input": net_input})
-    useless, useful = lists.entries("train")
+    useless, skipped, useful = lists.entries("train")
+    assert skipped == NbestEntry("short.flac", ())  # too short to be decoded
     assert (
         useless == NbestEntry("0.flac", ()) and "utterance 0 has no hypothesis that training could use" in caplog.text
     )
