@@ -92,6 +92,11 @@ def confidence_of(cfg: Any, alpha: float) -> Optional[Confidence]:
                 f"`criterion.confidence={cfg.confidence}` is about the teacher's logits, which criterion.alpha=1 leaves out; pass a "
                 "smaller criterion.alpha"
             )
+        if cfg.confidence_decay != ConfidenceOptions.confidence_decay and not cfg.confidence_relative:
+            raise ValueError(
+                f"`criterion.confidence_decay` is of a relative threshold, but is {cfg.confidence_decay} where "
+                "criterion.confidence_relative=false; pass confidence_relative=true, or leave it out"
+            )
         return Confidence(cfg)
     for name in ("confidence_threshold", "confidence_relative", "confidence_decay"):
         value, default = getattr(cfg, name), getattr(ConfidenceOptions, name)

@@ -1,5 +1,6 @@
 """What can be wrong between a CTC student, its teacher and `ctc_distill`, told before training starts."""
 
+import math
 from typing import Any, Optional
 
 from s3distill.criterions._distill_checks import (
@@ -20,9 +21,9 @@ def check_ctc_options(cfg: Any) -> None:
             f"`criterion.alpha` is the share of the CTC loss and must be in [0, 1], but is {cfg.alpha}; 1 leaves the teacher's logits out, "
             "0 the labels"
         )
-    if not cfg.hidden_weight >= 0:
+    if not 0 <= cfg.hidden_weight < math.inf:
         raise ValueError(
-            f"`criterion.hidden_weight` must be at least 0, but is {cfg.hidden_weight}; 0 leaves hidden states out"
+            f"`criterion.hidden_weight` must be at least 0 and finite, but is {cfg.hidden_weight}; 0 leaves hidden states out"
         )
 
 

@@ -16,6 +16,7 @@ from s3distill.analysis.fisher_file import read_fisher
 from s3distill.encoder.checkpoint import parse_checkpoint
 from s3distill.encoder.ctc_teacher import CtcTeacher
 from s3distill.losses import check_fisher_fits, ewc_penalty, task_alignment_loss
+from s3distill.losses.ewc import check_starts_there
 from s3distill.losses.precision import at_least_float32
 from s3distill.masks.state import SCORES, baked
 
@@ -85,6 +86,7 @@ class Forgetting(nn.Module):
         self.ewc_lambda, self.tac_gamma, self.holds_head = cfg.ewc_lambda, cfg.tac_gamma, cfg.ewc_head
         self.fishers = [_read_fisher(path, symbols, cfg.ewc_head, cfg.ewc_normalize) for path in cfg.ewc_paths]
         self.sources = list(cfg.ewc_paths)
+        self.started = False
         dtype = str(getattr(task_cfg, "teacher_dtype", "float32"))
         old = [_read_old_model(path, bool(task_cfg.normalize), dtype) for path in cfg.old_model_paths]
         self.old_models = [model for model, _ in old]
@@ -126,6 +128,9 @@ class Forgetting(nn.Module):
         total, log = at_least_float32(x.new_zeros(())), {}
         if self.fishers:
             held = self._held(model)
+            if model.training and not self.started:
+                self.started = True
+                self._check_start(model, held)
             penalty = sum((_penalty(fisher, held, x) for fisher in self.fishers), total)
             total, log["ewc"] = total + self.ewc_lambda * penalty, penalty.detach()
         if self.old_models:
@@ -137,15 +142,30 @@ class Forgetting(nn.Module):
             total, log["task_alignment"] = total + self.tac_gamma * alignment, alignment.detach()
         return total, log
 
+    def _check_start(self, model: Any, held: Dict[str, nn.Parameter]) -> None:
+        """Looked at in the first update, since finetune_from_model loads weights late; a resumed run has gone on from there."""
+        if _inner(model).num_updates > 0:
+            return
+        encoders = [
+            {name: value.to(held[name].device) for name, value in fisher.means.items() if not name.startswith(_HEAD)}
+            for fisher in self.fishers
+        ]
+        check_starts_there(encoders, held, ", ".join(self.sources))
+
     def _held(self, model: nn.Module) -> Dict[str, nn.Parameter]:
         """Encoder and head, without scores of masks."""
-        while hasattr(model, "module"):  # inside of wrappers for distributed training
-            model = model.module
         return {
             name: parameter
-            for name, parameter in model.named_parameters()
+            for name, parameter in _inner(model).named_parameters()
             if name.startswith(_MODEL) and not name.endswith(SCORES) and (self.holds_head or not name.startswith(_HEAD))
         }
+
+
+def _inner(model: Any) -> Any:
+    """The model inside of wrappers for distributed training."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def _penalty(fisher: Fisher, held: Dict[str, nn.Parameter], x: Tensor) -> Tensor:

@@ -19,6 +19,22 @@ def check_options(cfg: Any) -> None:
     for name in ("seq_beta", "encoder_weight"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"`criterion.{name}` must be at least 0 and finite, but is {getattr(cfg, name)}")
+    _check_idle(cfg, str(getattr(cfg.seq_kd, "value", cfg.seq_kd)))
+
+
+def _check_idle(cfg: Any, seq_kd: str) -> None:
+    """Options that would do nothing (`ValueError`); those of the recipes' other level stay at their defaults."""
+    word_level = seq_kd == "none" and cfg.alpha < 1
+    if cfg.temperature != 2.0 and not word_level:
+        raise ValueError(
+            f"`criterion.temperature` is of word-level distillation, but is {cfg.temperature} beside criterion.seq_kd={seq_kd} and "
+            f"alpha={cfg.alpha}; leave it at 2, or pass criterion.seq_kd=none and a smaller criterion.alpha"
+        )
+    if cfg.seq_beta != 2.0 and seq_kd != "ranked":
+        raise ValueError(
+            f"`criterion.seq_beta` is about criterion.seq_kd=ranked, but is {cfg.seq_beta} beside seq_kd={seq_kd}; leave it at 2, or pass "
+            "that"
+        )
 
 
 def check_teacher(cfg: Any, word_level: bool, model: Any, task: Any) -> None:

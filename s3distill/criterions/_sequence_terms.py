@@ -53,6 +53,7 @@ def check_sequence_options(cfg: Any, has_nbest: bool) -> None:
             "list alone"
         )
     used = str(cfg.seq_kd) != "none"
+    _check_idle(cfg, used)
     if used and not has_nbest:
         raise ValueError(
             f"`criterion.seq_kd={cfg.seq_kd}` needs n-best lists, but task.nbest is false; pass task.nbest=true and train on what "
@@ -67,6 +68,25 @@ def check_sequence_options(cfg: Any, has_nbest: bool) -> None:
         raise ValueError(
             f"`criterion.seq_kd={cfg.seq_kd}` stands in the place of the labels, whose weight criterion.alpha is 0; pass e.g. "
             "criterion.alpha=1"
+        )
+
+
+def _check_idle(cfg: Any, used: bool) -> None:
+    """Options that would do nothing (`ValueError`)."""
+    if cfg.seq_beta != SequenceOptions.seq_beta and str(cfg.seq_kd) != "ranked":
+        raise ValueError(
+            f"`criterion.seq_beta` is about criterion.seq_kd=ranked, but is {cfg.seq_beta} beside seq_kd={cfg.seq_kd}; leave it out, or pass "
+            "that"
+        )
+    if cfg.gold_weight != 0 and not used:
+        raise ValueError(
+            f"`criterion.gold_weight` is the share of the labels beside an n-best list, but is {cfg.gold_weight} where "
+            "criterion.seq_kd=none reads none; leave it out, or pass criterion.seq_kd=ranked"
+        )
+    if cfg.gold_weight == 1 and used:
+        raise ValueError(
+            f"`criterion.gold_weight`=1 leaves nothing to the n-best lists of criterion.seq_kd={cfg.seq_kd}; pass less, or "
+            "criterion.seq_kd=none and task.nbest=false"
         )
 
 

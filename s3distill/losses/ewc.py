@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from s3distill.losses.precision import at_least_float32
 
 _MAX_NAMED = 3  # parameters that a message names
+_SAME = 0.01  # relative distance within which weights are the same, rounded to bfloat16
 
 
 def ewc_penalty(parameters: Mapping[str, Tensor], fisher: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> Tensor:
@@ -53,6 +54,28 @@ def check_fisher_fits(fisher: Mapping[str, Tensor], parameters: Mapping[str, Ten
                 f"{list(parameters[name].shape)} in the model; a head over other symbols cannot be held (criterion.ewc_head=false), an "
                 "encoder of another size neither"
             )
+
+
+def check_starts_there(means: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, Tensor], sources: str) -> None:
+    """A run that begins must begin where one of its old tasks left the weights; those of earlier tasks are elsewhere.
+
+    Args:
+        means: theta* of each file.
+        parameters: the weights at the start; those of other precision round by less than the tolerance.
+        sources: what messages call the files.
+    Raises:
+        ValueError: the nearest theta* is more than `_SAME` of its own norm away: the files are of another model.
+    """
+    distances = []
+    for of_file in means:
+        gap = sum(float((at_least_float32(parameters[n].detach()) - m).square().sum()) for n, m in of_file.items())
+        distances.append((gap / max(sum(float(m.square().sum()) for m in of_file.values()), 1e-30)) ** 0.5)
+    if min(distances) > _SAME:
+        raise ValueError(
+            f"{sources} must be the Fisher information of the model that this training starts from, but its weights are "
+            f"{min(distances):.0%} away from those: another model of the same shape; start from that one (model.student_path, or "
+            "model.w2v_path for a new head), or compute it for this one: s3distill fisher CKPT MANIFEST"
+        )
 
 
 def _listed(names: list[str]) -> str:

@@ -68,7 +68,7 @@ def build_search(cfg: DecodingConfig, generation: Any, dictionary: Dictionary, b
         RuntimeError: a package of the extra [decode] is missing.
     """
     decoder, beam, nbest, lm_weight = str(cfg.decoder), generation.beam, generation.nbest, generation.lm_weight
-    _check(cfg, decoder, nbest, lm_weight)
+    _check(cfg, decoder, nbest, lm_weight, getattr(generation, "lm_path", None))
     if decoder == "greedy":
         return lambda log_probs, padding_mask: [[h] for h in greedy_decode(log_probs, padding_mask, blank)]
     if nbest > beam:
@@ -79,7 +79,7 @@ def build_search(cfg: DecodingConfig, generation: Any, dictionary: Dictionary, b
     return partial(LexiconLmSearch(dictionary.symbols, blank, options), nbest=nbest)
 
 
-def _check(cfg: DecodingConfig, decoder: str, nbest: int, lm_weight: float) -> None:
+def _check(cfg: DecodingConfig, decoder: str, nbest: int, lm_weight: float, lm_path: Optional[str]) -> None:
     """Refuses options that the decoder needs and lacks, and those that it would not look at."""
     for name, value, default, decoders in (
         ("lexicon", cfg.lexicon, None, ("lexicon",)),
@@ -98,6 +98,11 @@ def _check(cfg: DecodingConfig, decoder: str, nbest: int, lm_weight: float) -> N
     for name, value, needed_by in (("lexicon", cfg.lexicon, "lexicon"), ("ngram-lm", cfg.ngram_lm, "ngram")):
         if decoder == needed_by and value is None:
             raise ValueError(f"--decoder {decoder} needs --{name} FILE; pass it, or --decoder beam")
+    if lm_path is not None:
+        raise ValueError(
+            f"--lm-path {lm_path} is fairseq's neural language model, which no decoder of CTC models reads; pass a KenLM file as "
+            "--ngram-lm with --decoder lexicon or ngram"
+        )
     if cfg.ngram_lm is not None and not lm_weight:
         raise ValueError(
             "--ngram-lm has no effect at --lm-weight 0, fairseq-generate's default; pass a weight such as 1 (s3distill tune-lm "

@@ -278,3 +278,22 @@ def test_a_start_without_old_heads(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compat, "starts_from_another_run", lambda: True)
     criterion.load_state_dict(None, strict=True)
     assert all(torch.equal(value, before[name]) for name, value in criterion.state_dict().items())
+
+
+def test_a_fisher_file_of_another_model_of_the_same_shape_is_refused(folder: Path) -> None:
+    for files in (["older"], ["older", "old"]):
+        criterion, model, task = build(folder, ewc_paths=files, ewc_lambda=1.0)
+        model.train()
+        if "old" in files:  # the last task's; the other one is of a task before it
+            criterion(model, batch(task))
+            continue
+        with pytest.raises(
+            ValueError, match=r"older\.safetensors must be the Fisher .* another model of the same shape"
+        ):
+            criterion(model, batch(task))
+    move(model)
+    criterion(model, batch(task))  # only the start is looked at
+    resumed, model, task = build(folder, ewc_paths=["old"], ewc_lambda=1.0)
+    move(model)
+    model.train().set_num_updates(2)
+    resumed(model, batch(task))

@@ -242,6 +242,11 @@ def test_the_threshold_is_that_of_all_ranks(
             {"confidence_relative": True},
             r"`criterion\.confidence_relative` is True, but criterion\.confidence=none",
         ),
+        (
+            {},
+            {"confidence": "frames", "confidence_decay": 0.5},
+            r"`criterion\.confidence_decay` is of a relative threshold, but is 0\.5 where",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -105,7 +105,7 @@ def test_word_level_is_the_loop_over_utterances(data: Path, backbone: Path, teac
 
 @pytest.mark.parametrize("weighting", ["one_best", "uniform", "ranked"])
 def test_sequence_level_is_the_loop_over_hypotheses(data: Path, backbone: Path, weighting: str) -> None:
-    options = {"alpha": 0.25, "seq_kd": weighting, "seq_beta": 1.5}
+    options = {"alpha": 0.25, "seq_kd": weighting, **({"seq_beta": 1.5} if weighting == "ranked" else {})}
     parts = task, model, _ = build(data, backbone, None, {"nbest": True}, **options)
     expected = 0.0
     for row, (text, hypotheses) in enumerate(zip(seq2seq.TEXTS, NBEST, strict=True)):
@@ -196,6 +196,13 @@ def test_a_teacher_in_half_precision_is_close(data: Path, backbone: Path, teache
         ({}, {"alpha": 1.5}, r"`criterion.alpha` must be in \[0, 1\], the weight of the labels, but is 1.5"),
         ({}, {"temperature": 0.0}, "`temperature` must be positive and finite, but is 0.0"),
         ({}, {"seq_beta": -1.0}, "`criterion.seq_beta` must be at least 0 and finite, but is -1"),
+        (
+            {"nbest": True},
+            {"seq_kd": "ranked", "temperature": 4.0},
+            "`criterion.temperature` is of word-level distillation",
+        ),
+        ({}, {"alpha": 1.0, "temperature": 4.0}, "`criterion.temperature` is of word-level distillation, but is 4.0"),
+        ({}, {"seq_beta": 1.0}, "`criterion.seq_beta` is about criterion.seq_kd=ranked, but is 1.0 beside seq_kd=none"),
         ({"teacher_path": None}, {}, "`task.teacher_path` must name a trained model with a decoder, but is empty"),
         ({}, {"seq_kd": "ranked"}, "`criterion.seq_kd`=ranked trains on hypotheses, but task.nbest is false; pass"),
         ({"nbest": True}, {}, "`task.nbest` reads hypotheses that nothing would be trained on"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from s3distill.data.nbest import read_nbest
 from s3distill.decoding.ctc import CtcHypothesis
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.tasks._ctc_generator import CtcGenerator, _samples_per_frame
-from s3distill.tasks._decoding import refuse_decoders
+from s3distill.tasks._decoding import build_search, refuse_decoders
 from s3distill.tasks.audio_ctc import AudioCtcConfig, AudioCtcTask
 from tests.masks import runs
 from tests.tasks.test_audio_ctc import (
@@ -189,6 +190,12 @@ def test_options_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         _generate([*_command(corpus, checkpoints["wav2vec_ctc"]), *options.split()])
+
+
+def test_a_neural_language_model_of_fairseq_is_refused() -> None:
+    generation = SimpleNamespace(beam=5, nbest=1, lm_weight=0.0, lm_path="lm.pt")
+    with pytest.raises(ValueError, match=r"--lm-path lm\.pt is fairseq's neural language model, .* as --ngram-lm"):
+        build_search(AudioCtcConfig(), generation, None, 0)  # type: ignore[arg-type]
 
 
 def test_models_with_a_decoder_take_none_of_these_options() -> None:
