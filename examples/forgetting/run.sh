@@ -12,9 +12,10 @@ options, with their defaults:
   LANGUAGES="en nl"        languages A and B of the demo speech
   MINUTES=6                of training speech per language
   OLD=FILE                 recogniser of A over the dictionary of both (OUT/dict); else a small one is trained on DATA_A
+  BACKBONE=                pre-trained checkpoint that A's recogniser is fine-tuned from (with what config/quickstart/finetune says)
   OLD_UPDATES=900          of that training
   UPDATES=300              of each training on B
-  LAMBDAS="1 10 100"       of EWC
+  LAMBDAS="0.001 0.01 0.1" of EWC, over the Fisher information divided by its mean
   GAMMAS="0.1 1"           of task alignment
   REPLAY="0.2 0.5"         shares of A's training data in the batches
   FISHER_UTTERANCES=       of A that the Fisher information is the mean over; empty: all
@@ -58,8 +59,12 @@ learn_b() { # NAME OVERRIDE...: the recogniser of A goes on with B's data
 }
 
 if [[ -z "${OLD:-}" ]]; then
+    start=(--config-name teacher)
+    if [[ -n "${BACKBONE:-}" ]]; then
+        start=(--config-name finetune "model.w2v_path=$BACKBONE")
+    fi
     # shellcheck disable=SC2086
-    step before fairseq-hydra-train --config-dir config/quickstart --config-name teacher "hydra.run.dir=$OUT/before" "task.data=$DATA_A" \
+    step before fairseq-hydra-train --config-dir config/quickstart "${start[@]}" "hydra.run.dir=$OUT/before" "task.data=$DATA_A" \
         "++task.target_dictionary=$DICT" "dataset.valid_subset=$VALID" "optimization.max_update=${OLD_UPDATES:-900}" \
         "dataset.validate_after_updates=${OLD_UPDATES:-900}" ${OLD_ARGS:-} ${ARGS:-}
     OLD=$(last before)
@@ -69,21 +74,21 @@ decode before/b "$OLD" "$DATA_B"
 
 rows=()
 learn_b plain
-for lambda in ${LAMBDAS:-1 10 100}; do
+for lambda in ${LAMBDAS:-0.001 0.01 0.1}; do
     step fisher s3distill fisher "$OLD" "$DATA_A/train.tsv" -o "$OUT/fisher.safetensors" \
         ${FISHER_UTTERANCES:+--max-utterances "$FISHER_UTTERANCES"}
-    learn_b "ewc_$lambda" "criterion.ewc_paths=[$OUT/fisher.safetensors]" "criterion.ewc_lambda=$lambda"
+    learn_b "ewc_$lambda" "criterion.ewc_paths=[$OUT/fisher.safetensors]" "criterion.ewc_lambda=$lambda" criterion.ewc_normalize=true
     rows+=("ewc_$lambda")
 done
 for gamma in ${GAMMAS:-0.1 1}; do
     learn_b "tac_$gamma" "criterion.old_model_paths=[$OLD]" "criterion.tac_gamma=$gamma"
-    step "tac_$gamma/old_head" s3distill old-head "$(last "tac_$gamma")" "$OLD" "$OUT/tac_$gamma/old_task.pt"
+    step "old_head_$gamma" s3distill old-head "$(last "tac_$gamma")" "$OLD" "$OUT/tac_$gamma/old_task.pt"
     decode "tac_$gamma/old_head" "$OUT/tac_$gamma/old_task.pt" "$DATA_A"
     rows+=("tac_$gamma")
 done
 for share in ${REPLAY:-0.2 0.5}; do
     learn_b "replay_$share" task.multi_corpus_keys="'new,old'" "dataset.train_subset='new:train,old:$DATA_A/train'" \
-        "dataset.valid_subset='new:$VALID'" "task.multi_corpus_sampling_weights='$(python3 -c "print(1 - $share)"),$share'"
+        "task.multi_corpus_sampling_weights='$(python3 -c "print(1 - $share)"),$share'"
     rows+=("replay_$share")
 done
 # shellcheck disable=SC2086

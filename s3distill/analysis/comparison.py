@@ -17,9 +17,11 @@ from s3distill.analysis.measure import measure_rtfs
 from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.encoder.speech_model import SpeechModel
 from s3distill.gates import GateCounts, count_macs_per_second, count_parameters
+from s3distill.masks.state import baked
 from s3distill.pruning.compact import load_gates
 from s3distill.pruning.plan import plan_from_gates
 from s3distill.pruning.surgery import cut
+from s3distill.pruning.width import cut_ctc_head
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +128,12 @@ def compact_checkpoint(parsed: ParsedCheckpoint, name: str) -> ParsedCheckpoint:
     """A gated student as pruning would leave it, in memory; others come back as they are."""
     if not any(key.startswith("gates.") for key in parsed.extra_state):
         return parsed
+    parsed = baked(parsed, name)
     plan = plan_from_gates(parsed.config, load_gates(parsed, name).deterministic())
     config, state = cut(parsed.config, parsed.encoder_state, plan)
     extra = {key: value for key, value in parsed.extra_state.items() if not key.startswith(("gates.", "lagrangian."))}
-    return dataclasses.replace(parsed, config=config, encoder_state=state, extra_state=extra)
+    head = None if parsed.head_state is None else cut_ctc_head(parsed.head_state, plan.width)
+    return dataclasses.replace(parsed, config=config, encoder_state=state, head_state=head, extra_state=extra)
 
 
 def collect(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,11 @@ class Fisher:
     targets: str
     symbols: tuple[str, ...]
 
+    def mean(self) -> float:
+        """Mean of F over all parameters."""
+        total = sum(float(value.double().sum()) for value in self.values.values())
+        return total / max(sum(value.numel() for value in self.values.values()), 1)
+
     def fingerprint(self) -> str:
         """Names the model: SHA-256 over its parameters."""
         return backbone_checksum(self.means)
@@ -60,7 +65,7 @@ class Utterances:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __iter__(self) -> Iterable[tuple[str, Tensor, Tensor | None]]:
+    def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         for position, index in enumerate(self.indices):
             path = self.manifest.audio_path(index)
             target = None if self.targets is None else torch.tensor(self.targets[position], dtype=torch.long)

@@ -32,6 +32,7 @@ COMMANDS = {
         "s3distill.cli.convert",
         "Hugging Face folders and WavLM files to fairseq checkpoints, students to folders",
     ),
+    "tune-lm": ("s3distill.cli.tune_lm", "weights of a language model and of words, swept on a validation set"),
     "fisher": ("s3distill.cli.fisher", "which weights a recogniser needs, for learning without forgetting"),
     "old-head": ("s3distill.cli.old_head", "a later run's encoder with the head of an old task"),
     "masks": ("s3distill.cli.masks", "banks of masks: one backbone for many languages"),

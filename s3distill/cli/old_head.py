@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     _check(new, head, args.run, args.old)
     weights = {f"{ENCODER}.{key}": value for key, value in new.encoder_state.items()}
     weights |= {f"{HEAD}.{key}": value for key, value in head.items()}
-    info = {"normalize": new.normalize, "labels": _labels(old_state)}
+    info = {"normalize": new.normalize, "labels": _labels(old_state) or _labels(state)}
     write_dense(Path(args.output), Dense(weights, new, info, old.symbols), with_dictionary=True)
     print(f"head: {origin}")
     return 0

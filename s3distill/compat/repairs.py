@@ -30,6 +30,7 @@ from s3distill.compat.loading import (
     _torch_load,
     _types_in,
 )
+from s3distill.compat.seq2seq import know_decoders
 from s3distill.compat.starts import know_eval_only, know_starts
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def install() -> None:
     PathManager.copy = staticmethod(_atomic_copy(PathManager.copy))
     _know_user_dir()
     _repair_hubert_ctc()
+    know_decoders()
     checkpoint_utils.convert_namespace_to_omegaconf = _with_nested_args(checkpoint_utils.convert_namespace_to_omegaconf)
     know_starts()
     know_eval_only()

@@ -26,6 +26,30 @@ def check_ctc_options(cfg: Any) -> None:
         )
 
 
+def check_options_act(cfg: Any, defaults: Any) -> None:
+    """Options of a term that has no weight are refused (`ValueError`)."""
+    hidden = ("l1_weight", "l2_weight", "cosine_weight", "cosine_type", "layer_weights", "target_norm")
+    idle = {
+        "alpha=1 leaves the teacher's logits out": ("temperature", "blank_frames") if cfg.alpha == 1 else (),
+        "blank_frames=all counts every frame": ("blank_threshold",) if str(cfg.blank_frames) == "all" else (),
+        "hidden_weight=0 leaves hidden states out": hidden if cfg.hidden_weight == 0 else (),
+    }
+    for reason, names in idle.items():
+        for name in names:
+            value, default = getattr(cfg, name), getattr(defaults, name)
+            if getattr(value, "value", value) != getattr(default, "value", default):
+                raise ValueError(f"`criterion.{name}` is {value}, but criterion.{reason}; leave it at {default!r}")
+
+
+def check_unlabelled(cfg: Any, subset: Optional[str]) -> None:
+    """Audio without labels learns from the teacher, or from nothing (`ValueError`)."""
+    if subset and cfg.alpha == 1 and cfg.hidden_weight == 0:
+        raise ValueError(
+            f"the utterances of task.unlabelled_subset={subset} learn from the teacher alone, but criterion.alpha=1 and hidden_weight=0 "
+            "leave it out; pass a smaller criterion.alpha, or leave the subset out"
+        )
+
+
 def check_student(model: Any) -> None:
     """A model without heads and gates has another criterion."""
     if not isinstance(model, StudentParts) or not hasattr(model, "get_normalized_probs"):

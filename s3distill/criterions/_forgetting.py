@@ -39,6 +39,13 @@ class ForgettingOptions(FairseqDataclass):
     ewc_lambda: float = field(
         default=0.0, metadata={"help": "weight of sum F (theta - theta*)^2, against a loss that is a mean"}
     )
+    ewc_normalize: bool = field(
+        default=False,
+        metadata={
+            "help": "divide the F of each file by its mean over parameters: a model that knows its data by heart has an F near 0, which "
+            "asks for another lambda than an F of a model that does not"
+        },
+    )
     ewc_head: bool = field(
         default=True,
         metadata={
@@ -76,7 +83,7 @@ class Forgetting(nn.Module):
         super().__init__()
         _check_options(cfg)
         self.ewc_lambda, self.tac_gamma, self.holds_head = cfg.ewc_lambda, cfg.tac_gamma, cfg.ewc_head
-        self.fishers = [_read_fisher(path, symbols, cfg.ewc_head) for path in cfg.ewc_paths]
+        self.fishers = [_read_fisher(path, symbols, cfg.ewc_head, cfg.ewc_normalize) for path in cfg.ewc_paths]
         self.sources = list(cfg.ewc_paths)
         dtype = str(getattr(task_cfg, "teacher_dtype", "float32"))
         old = [_read_old_model(path, bool(task_cfg.normalize), dtype) for path in cfg.old_model_paths]
@@ -161,14 +168,15 @@ def _check_options(cfg: Any) -> None:
         if not all(given):
             raise ValueError(f"`criterion.{paths}` must name a file each, but is {given}")
     default = ForgettingOptions()
-    for option, paths in (("ewc_head", "ewc_paths"), ("old_heads", "old_model_paths")):
+    about = (("ewc_head", "ewc_paths"), ("ewc_normalize", "ewc_paths"), ("old_heads", "old_model_paths"))
+    for option, paths in about:
         if str(getattr(cfg, option)) != str(getattr(default, option)) and not getattr(cfg, paths):
             raise ValueError(
                 f"`criterion.{option}` is about `criterion.{paths}`, which is empty; leave it out, or pass them"
             )
 
 
-def _read_fisher(path: str, symbols: Sequence[str], with_head: bool) -> Fisher:
+def _read_fisher(path: str, symbols: Sequence[str], with_head: bool, normalize: bool) -> Fisher:
     fisher = read_fisher(path)
     if with_head and list(fisher.symbols) != list(symbols):
         differing = sorted(set(fisher.symbols) ^ set(symbols)) or ["their order"]
@@ -180,7 +188,15 @@ def _read_fisher(path: str, symbols: Sequence[str], with_head: bool) -> Fisher:
         for tensors in (fisher.values, fisher.means):
             for name in [name for name in tensors if name.startswith(_HEAD)]:
                 del tensors[name]
-    logger.info("EWC: %s, %d utterances", path, fisher.num_utterances)
+    mean = fisher.mean()
+    logger.info("EWC: %s, %d utterances, mean F %.3g", path, fisher.num_utterances, mean)
+    if normalize:
+        if mean == 0:
+            raise ValueError(
+                f"`criterion.ewc_normalize` divides by the mean of F, but that of {path} is 0; write it again"
+            )
+        for value in fisher.values.values():
+            value.div_(mean)
     return fisher
 
 

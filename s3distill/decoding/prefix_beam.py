@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from s3distill.decoding.alignment import best_paths
@@ -52,31 +51,14 @@ def prefix_beam_search(
     if symbol_threshold is not None and frames.numel():
         searched, num_searched = _merge_blank_frames(_prune(frames, blank, symbol_threshold), lengths, blank)
     found = PrefixSearch(searched, num_searched, blank, beam).run(nbest)
-    prefixes = [
-        _by_probability(frames[row, : lengths[row]], [y for y, _ in y_found], blank)
-        for row, y_found in enumerate(found)
-    ]
-    owners = [row for row, ranked in enumerate(prefixes) for _ in ranked]
-    paths = best_paths(frames, lengths, [y for ranked in prefixes for y, _ in ranked], owners, blank)
+    owners = [row for row, prefixes in enumerate(found) for _ in prefixes]
+    texts = [tokens for prefixes in found for tokens, _ in prefixes]
     hypotheses: list[list[CtcHypothesis]] = [[] for _ in found]
-    for row, path in zip(owners, paths, strict=True):
-        tokens, score = prefixes[row][len(hypotheses[row])]
+    for row, tokens, path in zip(owners, texts, best_paths(frames, lengths, texts, owners, blank), strict=True):
         starts, ends = places[row][path.starts], places[row][path.ends - 1] + 1
-        hypotheses[row].append(CtcHypothesis(tokens, score, path.scores, starts, ends))
-    return hypotheses
-
-
-def _by_probability(frames: Tensor, prefixes: list[Tensor], blank: int) -> list[tuple[Tensor, float]]:
-    """Symbol sequences with their whole log-probability, the best first: a beam loses the paths through prefixes that it dropped."""
-    if not len(frames):
-        return [(y, 0.0) for y in prefixes]
-    counts = torch.tensor([len(y) for y in prefixes])
-    targets = torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True)
-    log_probs = frames[:, None].expand(-1, len(prefixes), -1)  # [T, N, V]
-    lengths = torch.full_like(counts, len(frames))
-    losses = F.ctc_loss(log_probs, targets, lengths, counts, blank, reduction="none")
-    order = losses.argsort(stable=True).tolist()
-    return [(prefixes[i], -float(losses[i])) for i in order]
+        hypotheses[row].append(CtcHypothesis(tokens, path.log_prob, path.scores, starts, ends))
+    # the whole probability decides: a beam loses the paths through prefixes that it dropped
+    return [sorted(of_row, key=lambda h: -h.score) for of_row in hypotheses]
 
 
 def _prune(frames: Tensor, blank: int, threshold: float) -> Tensor:

@@ -25,15 +25,6 @@ class Transcript:
     times: tuple[TimedWord, ...] = ()
 
 
-@dataclass(frozen=True)
-class Guess:
-    """A hypothesis for the n-best file: units with spaces between them, log-probability, mean posterior."""
-
-    units: str
-    score: float
-    confidence: float
-
-
 @dataclass
 class Transcripts:
     """What a run has decoded so far.
@@ -43,7 +34,6 @@ class Transcripts:
         has_word_boundary: whether ``|`` is a symbol, so that units join to words there.
         has_pieces: whether units are sentencepiece's.
         audio: per split, the files of its utterances as the manifest has them.
-        nbest: n-best lists by utterance, best first, where they are kept.
         decode_seconds: time spent in model and decoder; search_seconds: in the decoder alone; audio_seconds: length of what was decoded.
     """
 
@@ -51,7 +41,6 @@ class Transcripts:
     has_word_boundary: bool = True
     has_pieces: bool = False
     audio: dict[str, list[str]] = field(default_factory=dict)
-    nbest: dict[int, tuple[Guess, ...]] = field(default_factory=dict)
     decode_seconds: float = 0.0
     search_seconds: float = 0.0
     audio_seconds: float = 0.0

@@ -14,12 +14,15 @@ NO_LAYERS = "none"
 _LAYERS = "encoder.layers."
 
 
-def parse_layer_choice(text: str, num_layers: int) -> tuple[int, ...]:
+def parse_layer_choice(
+    text: str, num_layers: int, option: str = "init_layers", may_be_none: bool = True
+) -> tuple[int, ...]:
     """Reads which Transformer layers to take, 0-based and in the order that they are to have.
 
     Args:
         text: ``first:2`` (the first two), ``every:4`` (layers 0, 4, 8, ...) or a list such as ``0,4,8``.
         num_layers: layers that there are.
+        option: what messages call it; may_be_none: whether they name ``none``, which the caller reads.
     Raises:
         ValueError: it reads like none of them, or names a layer that is not there.
     """
@@ -32,13 +35,12 @@ def parse_layer_choice(text: str, num_layers: int) -> tuple[int, ...]:
         else:
             layers = tuple(int(item) for item in text.split(","))
     except ValueError as error:
-        raise ValueError(
-            f"`init_layers` must read like 'first:2', 'every:4', '0,4,8' or '{NO_LAYERS}', but is {text!r}"
-        ) from error
+        forms = f"'every:4', '0,4,8' or '{NO_LAYERS}'" if may_be_none else "'every:4' or '0,4,8'"
+        raise ValueError(f"`{option}` must read like 'first:2', {forms}, but is {text!r}") from error
     lacking = [layer for layer in layers if not 0 <= layer < num_layers]
     if not layers or lacking:
         raise ValueError(
-            f"`init_layers` must name one or more of the layers 0 to {num_layers - 1} that there are, but {text!r} is "
+            f"`{option}` must name one or more of the layers 0 to {num_layers - 1} that there are, but {text!r} is "
             f"{f'layers {lacking}, which are lacking' if lacking else 'no layer'}; correct it"
         )
     return layers

@@ -14,6 +14,7 @@ from s3distill.gates.gate_set import GateSet
 from s3distill.pruning.plan import PruningPlan, plan_from_gates
 from s3distill.pruning.surgery import cut
 from s3distill.pruning.verify import TOLERANCE, Equivalence, compare
+from s3distill.pruning.width import cut_ctc_head
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def prune_student(
     compact.load_encoder_state(state, "the cut state")
     head, compact_head = student.head_state, None
     if head is not None:
-        compact_head = {**head, "weight": head["weight"][:, plan.width.indices].clone()}
+        compact_head = cut_ctc_head(head, plan.width)
     equivalence = compare(gated, values, compact, source, padding_mask, head, compact_head)
     if not equivalence.holds:
         raise RuntimeError(

@@ -35,6 +35,7 @@ come out equal the ordinary grouped convolution stays. Weight norm is taken up a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -121,6 +122,11 @@ def cut_heads(heads: dict[str, Tensor], width: Kept) -> dict[str, Tensor]:
         )
 
     return {name: value[:, width.indices] if reads_stream(name) else value for name, value in heads.items()}
+
+
+def cut_ctc_head(head: Mapping[str, Tensor], width: Kept) -> dict[str, Tensor]:
+    """A CTC head, ``weight`` [V, C] and ``bias`` [V], for the cut stream; the encoder's output has the gates in it already."""
+    return {**head, "weight": head["weight"][:, width.indices].clone()}
 
 
 def _changes(config: EncoderConfig, plan: PruningPlan) -> bool:

@@ -18,9 +18,10 @@ from fairseq.scoring import BaseScorer, register_scorer
 from omegaconf import II
 
 from s3distill.data.manifest import write_lines
-from s3distill.data.nbest import ENDING, Hypothesis, NbestEntry, write_nbest
+from s3distill.data.nbest import ENDING, write_nbest
 from s3distill.decoding.scoring import ErrorRates, error_rates
 from s3distill.decoding.transcripts import Transcripts
+from s3distill.scoring._nbest_lists import NbestLists
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class S3WerScorer(BaseScorer):
 
     # fairseq builds a scorer from its config alone, so the generator of the run leaves its transcripts here
     run: Transcripts | None = None
+    nbest: NbestLists | None = None  # lists that are kept, to be written beside the scores
 
     def __init__(self, cfg: S3WerConfig) -> None:
         super().__init__(cfg)
@@ -111,8 +113,8 @@ class S3WerScorer(BaseScorer):
         write_lines(folder / f"scores-{subset}.json", [json.dumps(scores, indent=2)])
         if any(t.confidence is not None for t in self.transcripts.in_order()):
             write_lines(folder / f"{subset}.words.jsonl", _timed_lines(self.transcripts, subset, texts["hypo.word"]))
-        if self.transcripts.nbest:
-            write_nbest(folder / f"{subset}.{ENDING}", _nbest_entries(self.transcripts, subset))
+        if self.nbest is not None:
+            write_nbest(folder / f"{subset}.{ENDING}", self.nbest.entries(subset))
         logger.info("%d transcripts and scores-%s.json written to %s", len(ids), subset, folder)
 
 
@@ -139,13 +141,6 @@ def _timed_lines(transcripts: Transcripts, subset: str, texts: list[str]) -> Ite
             },
             ensure_ascii=False,
         )
-
-
-def _nbest_entries(transcripts: Transcripts, subset: str) -> Iterator[NbestEntry]:
-    """The n-best lists in the manifest's order."""
-    for utterance, guesses in sorted(transcripts.nbest.items()):
-        hypotheses = tuple(Hypothesis(g.units, g.score, g.confidence) for g in guesses)
-        yield NbestEntry(transcripts.audio[subset][utterance], hypotheses)
 
 
 def _peak_memory() -> str:

@@ -9,12 +9,14 @@ from fairseq import utils
 from fairseq.data import Dictionary
 from torch import Tensor, nn
 
+from s3distill.data.nbest import Hypothesis
 from s3distill.data.pseudo_labels import mean_posterior
 from s3distill.decoding.ctc import CtcHypothesis, average_log_probs
-from s3distill.decoding.transcripts import Guess, Transcript, Transcripts
+from s3distill.decoding.transcripts import Transcript, Transcripts
 from s3distill.decoding.words import TimedWord, part_of, split_words, word_boundary
 from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.scoring._nbest_lists import NbestLists
 from s3distill.tasks._decoding import Search
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ class CtcGenerator:
         blank: index of the blank.
         search: log-probabilities to hypotheses.
         words, audio: see `Transcripts`.
-        nbest: hypotheses to keep of each utterance for the n-best file; 1 keeps none.
+        nbest: takes the hypotheses of each utterance, or None.
     """
 
     def __init__(
@@ -38,9 +40,9 @@ class CtcGenerator:
         search: Search,
         words: dict[str, list[str]],
         audio: dict[str, list[str]],
-        nbest: int = 1,
+        nbest: Optional[NbestLists] = None,
     ) -> None:
-        self.dictionary, self.search, self.num_kept = dictionary, search, nbest
+        self.dictionary, self.search, self.nbest = dictionary, search, nbest
         self.symbols_to_strip_from_output = {blank, dictionary.pad(), dictionary.eos()}
         self.boundary = word_boundary(dictionary.symbols)
         self.transcripts = Transcripts(words, has_word_boundary="|" in dictionary.symbols, audio=audio)
@@ -85,8 +87,8 @@ class CtcGenerator:
                 times=tuple(self._timed_words(best, frames)),
             )
             self.transcripts.add(transcript)
-            if self.num_kept > 1:
-                self.transcripts.nbest[utterance] = self._nbest(utterance, best_first, frames)
+            if self.nbest is not None:
+                self.nbest.add(utterance, self._hypotheses(utterance, best_first, frames))
 
     def _timed_words(self, hypothesis: CtcHypothesis, frames: Tensor) -> list[TimedWord]:
         """Words of one utterance, spelled by its symbols or as the lexicon has them; frames [T, V] are log-probabilities."""
@@ -103,18 +105,18 @@ class CtcGenerator:
             timed.append(TimedWord(said[number] if said else spelled, start, end, mean_posterior(frames, part)))
         return timed
 
-    def _nbest(self, utterance: int, best_first: list[CtcHypothesis], frames: Tensor) -> tuple[Guess, ...]:
+    def _hypotheses(self, utterance: int, best_first: list[CtcHypothesis], frames: Tensor) -> list[Hypothesis]:
         """Hypotheses as the n-best file has them; empty ones, ones with <unk> and repeated ones are of no use to training."""
-        kept: dict[str, Guess] = {}
+        kept: dict[str, Hypothesis] = {}
         for hypothesis in best_first:
             units = self._units(hypothesis.tokens)
             if units and units not in kept and not bool((hypothesis.tokens == self.dictionary.unk()).any()):
-                kept[units] = Guess(units, hypothesis.score, mean_posterior(frames, hypothesis))
+                kept[units] = Hypothesis(units, hypothesis.score, mean_posterior(frames, hypothesis))
         if not kept:
             logger.warning(
                 "utterance %d has no hypothesis that training could use: its n-best line is empty", utterance
             )
-        return tuple(kept.values())
+        return list(kept.values())
 
     def _units(self, tokens: Tensor, escape_unk: bool = False) -> str:
         return str(self.dictionary.string(tokens.int().cpu(), None, escape_unk, self.symbols_to_strip_from_output))

@@ -2,7 +2,7 @@
 
 # no `from __future__ import annotations`: fairseq reads the types of config fields
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Optional
 
@@ -16,6 +16,7 @@ from s3distill.decoding.prefix_beam import prefix_beam_search
 
 DECODERS = ("greedy", "beam", "lexicon", "ngram")
 BEAM_THRESHOLD = 50.0
+_OPTIONS = ("decoder", "lexicon", "ngram_lm", "word_score", "beam_threshold", "symbol_threshold")
 # log-probabilities [B, T, V] and padding mask [B, T] -> hypotheses per utterance, the best first
 Search = Callable[[Tensor, Optional[Tensor]], list[list[CtcHypothesis]]]
 
@@ -102,3 +103,14 @@ def _check(cfg: DecodingConfig, decoder: str, nbest: int, lm_weight: float) -> N
             "--ngram-lm has no effect at --lm-weight 0, fairseq-generate's default; pass a weight such as 1 (s3distill tune-lm "
             "finds one), or leave --ngram-lm out"
         )
+
+
+def refuse_decoders(cfg: DecodingConfig) -> None:
+    """For models with a decoder, which fairseq's own beam search decodes: none of these options has an effect there."""
+    for option in fields(DecodingConfig):
+        value = getattr(cfg, option.name)
+        if option.name in _OPTIONS and value != option.default and str(value) != option.default:
+            raise ValueError(
+                f"--{option.name.replace('_', '-')} {value} is for CTC models, but the model has a decoder, and fairseq's beam search "
+                "decodes it; leave it out"
+            )

@@ -10,16 +10,18 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_finetuning import AudioFinetuningConfig, AudioFinetuningTask
-from omegaconf import II
+from omegaconf import II, OmegaConf
 
 from s3distill.data.manifest import read_dictionary, read_labels, read_manifest
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.scoring._nbest_lists import NbestLists
 from s3distill.scoring.s3_wer import S3WerScorer
 from s3distill.tasks._audio import check_split, set_root
 from s3distill.tasks._autocast import AUTOCAST_DTYPES, AutocastSteps, check_autocast
 from s3distill.tasks._bank_model import BankModel, dictionary_of, open_entry
 from s3distill.tasks._ctc_generator import CtcGenerator
-from s3distill.tasks._decoding import DecodingConfig, build_search
+from s3distill.tasks._decoding import DecodingConfig, build_search, refuse_decoders
+from s3distill.tasks._seq2seq_generator import Seq2SeqGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,8 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
         if self.bank is None:
             model = super().build_model(model_cfg, from_checkpoint)
             encoders = [m for m in model.modules() if isinstance(m, SpeechEncoder)]
-            if encoders and encoders[0].config.time_reduction > 1 and not from_checkpoint:
+            ctc = not self.cfg.autoregressive  # which alone needs a frame for every label
+            if ctc and encoders and encoders[0].config.time_reduction > 1 and not from_checkpoint:
                 self.frames_of = encoders[0].config.num_frames
             return model
         if not from_checkpoint:
@@ -105,6 +108,8 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
             task_cfg = self.cfg
             task_cfg.normalize = bool(self.bank.info(self.cfg.mask_name).get("normalize", False))
         options = task_cfg or self.cfg
+        if options.get("multi_corpus_keys") and ":" not in split:  # one manifest, for a model that learned from several
+            task_cfg = options = OmegaConf.merge(options, {"multi_corpus_keys": None})
         parts = _parts(split, options.get("multi_corpus_keys"))
         roots = {}
         if not options.get("binarized_dataset", False):
@@ -179,12 +184,27 @@ class AudioCtcTask(AutocastSteps, AudioFinetuningTask):
         return super().get_batch_iterator(dataset, max_tokens, *args, **kwargs)
 
     def build_generator(self, models: Any, args: Any, *rest: Any, **options: Any) -> Any:
-        if self.cfg.autoregressive:
-            return super().build_generator(models, args, *rest, **options)
         dictionary, blank = self.target_dictionary, self.target_dictionary.index(self.blank_symbol)
-        search = build_search(self.cfg, args, dictionary, blank)
-        audio = {split: self._files_of(split) for split in self.datasets if not self.cfg.multi_corpus_keys}
-        generator = CtcGenerator(dictionary, blank, search, self.words, audio, args.nbest)
+        has_decoder = any(hasattr(model, "decoder") for model in models)
+        if has_decoder:
+            search = super().build_generator(models, args, *rest, **options)
+            if args is self.cfg.eval_wer_config:
+                return search  # fairseq's own, for error rates in validation
+            refuse_decoders(self.cfg)
+        else:
+            search = build_search(self.cfg, args, dictionary, blank)
+        if args.nbest > 1 and self.cfg.multi_corpus_keys:
+            raise ValueError(
+                "--nbest writes a file for one manifest, and must be 1 with multi_corpus_keys; decode one by one"
+            )
+        audio = {} if self.cfg.multi_corpus_keys else {split: self._files_of(split) for split in self.datasets}
+        lists = NbestLists(audio, args.nbest) if args.nbest > 1 else None
+        generator: Seq2SeqGenerator | CtcGenerator
+        if has_decoder:
+            generator = Seq2SeqGenerator(search, dictionary, self.words, lists)
+        else:
+            generator = CtcGenerator(dictionary, blank, search, self.words, audio, lists)
+        S3WerScorer.nbest = lists
         S3WerScorer.run = generator.transcripts
         return generator
 

@@ -19,8 +19,10 @@ from s3distill.encoder.symbols import SYMBOL_MAPS, SymbolMap, match_symbols
 from s3distill.encoder.teacher import DTYPES
 from s3distill.masks.state import baked
 from s3distill.models._student_parts import FILLED
+from s3distill.tasks._audio import SeededCropDataset, check_split
 from s3distill.tasks._diverged import require_finite_parameters
 from s3distill.tasks._nbest import with_nbest
+from s3distill.tasks._unlabelled import MixedLabelsDataset, check_unlabelled_options
 from s3distill.tasks.audio_ctc import AudioCtcConfig, AudioCtcTask
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,13 @@ class AudioCtcDistillConfig(AudioCtcConfig):
             "help": "read SPLIT.nbest.jsonl of the training split, as `s3distill pseudo-label --nbest K` writes it, for criterion.seq_kd"
         },
     )
+    unlabelled_subset: Optional[str] = field(
+        default=None,
+        metadata={"help": "manifest (in task.data) of audio without labels that the training split is mixed with"},
+    )
+    unlabelled_weight: float = field(
+        default=0.5, metadata={"help": "of unlabelled_subset: its share of the utterances of every epoch"}
+    )
     train_subset: str = II("dataset.train_subset")
 
 
@@ -65,6 +74,7 @@ class AudioCtcDistillTask(AudioCtcTask):
     num_teachers = 1
 
     def __init__(self, cfg: AudioCtcDistillConfig) -> None:
+        check_unlabelled_options(cfg)
         super().__init__(cfg)
         self._teachers: List[CtcTeacher] = []
         self._model: Any = None
@@ -144,6 +154,32 @@ class AudioCtcDistillTask(AudioCtcTask):
         if self.cfg.nbest and split in str(self.cfg.train_subset).split(","):
             manifest = Path(self.cfg.data) / f"{split}.tsv"
             self.datasets[split] = with_nbest(self.datasets[split], manifest, self.target_dictionary)
+        if self.cfg.unlabelled_subset and split in str(self.cfg.train_subset).split(","):
+            self.datasets[split] = self._with_unlabelled(self.datasets[split])
+
+    def _with_unlabelled(self, labelled: Any) -> MixedLabelsDataset:
+        cfg, name = self.cfg, str(self.cfg.unlabelled_subset)
+        root = check_split(cfg.data, name, None)
+        unlabelled = SeededCropDataset(
+            manifest_path=str(Path(cfg.data) / f"{name}.tsv"),
+            sample_rate=cfg.sample_rate,
+            max_sample_size=cfg.max_sample_size,
+            min_sample_size=cfg.min_sample_size,
+            pad=True,
+            normalize=cfg.normalize,
+            seed=cfg.seed,
+        )
+        unlabelled.root_dir = str(root)
+        if len(unlabelled) == 0:
+            raise ValueError(
+                f"{cfg.data}/{name}.tsv has no utterance of at least task.min_sample_size = {cfg.min_sample_size} samples; lower that limit"
+            )
+        mixed = MixedLabelsDataset(labelled, unlabelled, cfg.unlabelled_weight, cfg.seed, self.target_dictionary.pad())
+        logger.info(
+            "every epoch: %d labelled utterances and %d of the %d of %s without labels",
+            *(len(labelled), mixed.num_drawn, len(unlabelled), name),
+        )
+        return mixed
 
     def state_dict(self) -> dict[str, Any]:
         """fairseq asks for it when it saves: a student that diverged is not written over a good one."""

@@ -182,6 +182,7 @@ _SEQ2SEQ = (
     "autoregressive eval_wer eval_wer_config eval_wer_tokenizer eval_wer_post_process eval_bleu eval_bleu_detok "
     "eval_bleu_detok_args eval_tokenized_bleu eval_bleu_remove_bpe eval_bleu_args eval_bleu_print_samples"
 )
+_DECODING = "decoder lexicon ngram_lm word_score beam_threshold symbol_threshold"  # of fairseq-generate
 _FINE_TUNING = (
     "w2v_args offload_activations min_params_to_wrap layer_type adp_num adp_dim adp_act_fn adp_trf_idx "  # adapters
     "drop_path update_alibi zero_mask load_ema layer_decay"  # of data2vec 2.0
@@ -189,7 +190,8 @@ _FINE_TUNING = (
 _NOT_LISTED = {
     "audio_distill": f"labels {_CORPORA} {_OTHER_TASKS}",
     "audio_ctc": (
-        f"enable_padding num_batch_buckets target_dictionary mask_bank mask_name {_CORPORA} {_OTHER_TASKS} {_SEQ2SEQ}"
+        f"enable_padding num_batch_buckets target_dictionary mask_bank mask_name {_DECODING} {_CORPORA} "
+        f"{_OTHER_TASKS} {_SEQ2SEQ}"
     ),
     # the shape is that of `student_path`, the widths are the teachers'; distillation masks no channels, and fine-tuning has its own masks
     # what is read of a latency table, and the heads' width of a student that was cut, are filled in
@@ -201,6 +203,11 @@ _NOT_LISTED = {
     "ctc": "wer_sil_weight wer_args",
     "adam": "use_old_adam fp16_adam_stats",
     "polynomial_decay": "force_anneal",
+}
+_NOT_LISTED |= {
+    "audio_ctc_distill": _NOT_LISTED["audio_ctc"],
+    "wav2vec_ctc_student": f"extra_teacher_dims latency head_hidden_dim {_FINE_TUNING}",
+    "ctc_distill": _NOT_LISTED["ctc"],
 }
 
 

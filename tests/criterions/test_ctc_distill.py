@@ -183,6 +183,21 @@ def test_a_teacher_without_a_dictionary_needs_one(folder: Path, encoder: str, tm
     ("model", "criterion", "message"),
     [
         ({}, {"alpha": 1.5}, r"`criterion\.alpha` is the share of the CTC loss and must be in \[0, 1\], but is 1\.5"),
+        (
+            {},
+            {"alpha": 1.0, "temperature": 2.0},
+            r"`criterion\.temperature` is 2\.0, but criterion\.alpha=1 leaves the teacher's",
+        ),
+        (
+            {},
+            {"blank_threshold": 0.5},
+            r"`criterion\.blank_threshold` is 0\.5, but criterion\.blank_frames=all counts every frame",
+        ),
+        (
+            {},
+            {"l2_weight": 1.0},
+            r"`criterion\.l2_weight` is 1\.0, but criterion\.hidden_weight=0 leaves .*; leave it at 0\.0",
+        ),
         ({}, {"temperature": 0.0}, "`temperature` divides logits and must be above 0"),
         ({}, {"hidden_weight": -1.0}, r"`criterion\.hidden_weight` must be at least 0, but is -1"),
         ({}, {"hidden_weight": 1.0}, r"`criterion\.hidden_weight` needs prediction heads"),

@@ -41,7 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(folder: Path, start: str = "old.pt", normalize: bool = False, **criterion: Any) -> tuple[Any, Any, Any]:
+def build(
+    folder: Path, start: str = "old.pt", with_head: bool = True, normalize: bool = False, **criterion: Any
+) -> tuple[Any, Any, Any]:
     """(criterion, model, task) as `fairseq-hydra-train` builds them; the student starts as the old recogniser."""
     for option, ending in (("ewc_paths", "safetensors"), ("old_model_paths", "pt")):
         if option in criterion:
@@ -50,7 +52,8 @@ def build(folder: Path, start: str = "old.pt", normalize: bool = False, **criter
     OmegaConf.set_struct(cfg, False)
     cfg.task = {"_name": "audio_ctc_distill", "data": str(folder), "labels": "ltr", "normalize": normalize}
     training = {"apply_mask": False, "feature_grad_mult": 1.0, "normalize": normalize}
-    cfg.model = {"_name": "wav2vec_ctc_student", "student_path": str(folder / start), **training}
+    start_option = "student_path" if with_head else "w2v_path"
+    cfg.model = {"_name": "wav2vec_ctc_student", start_option: str(folder / start), **training}
     cfg.criterion = {"_name": "ctc_distill", "alpha": 1.0, "zero_infinity": True, **criterion}
     add_defaults(cfg)
     task = tasks.setup_task(cfg.task)
@@ -111,6 +114,21 @@ def test_ewc_holds_weights_as_the_fisher_says(folder: Path) -> None:
     torch.testing.assert_close(loss_gradient - other_gradient, 3 * num_frames * pull, rtol=1e-3, atol=1e-3)
 
 
+def test_normalised_by_the_mean_of_each_file(folder: Path) -> None:
+    """Two files of very different size count alike, whichever scale they have."""
+    criterion, model, task = build(folder, ewc_paths=["old", "older"], ewc_lambda=1.0, ewc_normalize=True)
+    move(model)
+    log = criterion(model, batch(task))[2]
+    parameters, expected = dict(model.named_parameters()), 0.0
+    for name in ("old", "older"):
+        file = read_fisher(folder / f"{name}.safetensors")
+        mean = torch.cat([value.flatten() for value in file.values.values()]).double().mean().item()
+        assert file.mean() == pytest.approx(mean, rel=1e-9) and abs(mean - 1) > 0.1
+        for key, value in file.values.items():
+            expected += (value * (parameters[key].detach() - file.means[key]).square()).sum().item() / mean
+    assert log["loss_ewc"].item() == pytest.approx(expected * log["sample_size"], rel=1e-4)
+
+
 def test_a_free_head_is_not_held(folder: Path) -> None:
     criterion, model, task = build(folder, **EWC, ewc_head=False)
     with torch.no_grad():
@@ -169,6 +187,7 @@ def test_padding_changes_nothing(folder: Path, options: dict) -> None:
         ({**EWC, "ewc_lambda": -1.0}, r"`criterion.ewc_lambda` must be at least 0 and finite, but is -1.0"),
         ({"old_model_paths": ["old"]}, r"`criterion.old_model_paths` and `criterion.tac_gamma` belong together"),
         ({"ewc_head": False}, r"`criterion.ewc_head` is about `criterion.ewc_paths`, which is empty"),
+        ({"ewc_normalize": True}, r"`criterion.ewc_normalize` is about `criterion.ewc_paths`, which is empty"),
         ({"old_heads": "frozen"}, r"`criterion.old_heads` is about `criterion.old_model_paths`, which is empty"),
         (
             {**EWC, "start": "wide.pt"},
@@ -197,6 +216,18 @@ def test_a_head_over_other_symbols_cannot_be_held(folder: Path, tmp_path: Path) 
     ):
         build(tmp_path, **EWC)
     build(tmp_path, **EWC, ewc_head=False)
+
+
+def test_a_task_with_letters_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """The encoder of the old recogniser with a new head: the old encoder is held, and the old head goes along."""
+    write_corpus(tmp_path)
+    (tmp_path / "dict.ltr.txt").write_text("| 1\nE 1\nT 1\nA 1\nO 1\nÄ 1\n")
+    for name in ("old.pt", "old.safetensors"):
+        (tmp_path / name).symlink_to(folder / name)
+    criterion, model, task = build(tmp_path, with_head=False, **EWC, **TAC, ewc_head=False)
+    log = criterion(model, batch(task))[2]
+    assert log["loss_ewc"] == 0 and abs(log["loss_task_alignment"]) < 1e-4
+    assert len(model.w2v_encoder.proj.weight) == 10 and len(criterion.forgetting.old_heads[0].weight) == 9
 
 
 def write_run(path: Path, criterion: Any, model: Any, old: Path | None) -> Path:

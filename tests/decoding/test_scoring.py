@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3distill.decoding.scoring import error_rates
+from s3distill.decoding.scoring import bootstrap_interval, error_rates
 
 pytest.importorskip("jiwer")
 
@@ -29,6 +29,10 @@ def test_counts_by_hand() -> None:
     assert str(rates).startswith(
         "WER 75.00% (3 errors in 4 words: 1 substituted, 1 deleted, 1 inserted), UER 66.67% (4 errors"
     )
+    # without units given they are the characters; resampled, each utterance may be the only one: 2 of 3 or 1 of 1 wrong
+    assert rates.cer == rates.uer and rates.to_dict()["character"]["errors"] == 4
+    assert rates.wer_interval == pytest.approx((100 * 2 / 3, 100.0))
+    assert str(rates).endswith("WER in [66.67, 100.00] with 95% confidence")
 
 
 def test_units_are_compared_as_they_are() -> None:
@@ -56,6 +60,44 @@ def test_rates_are_edit_distances_over_all_utterances(pairs: list[tuple[str, str
     assert rates.words.errors == errors
     assert rates.wer == pytest.approx(100 * errors / sum(len(r.split()) for r in references))
     assert error_rates(references, references).wer == 0.0
+
+
+def test_characters_do_not_depend_on_the_units() -> None:
+    """Pieces: one wrong unit of two, but one wrong character of six with the space."""
+    rates = error_rates(["AB CDE"], ["AB CDX"], ["\u2581AB \u2581CDE"], ["\u2581AB \u2581CDX"])
+    assert rates.uer == 50.0 and rates.cer == pytest.approx(100 / 6)
+
+
+def test_bootstrap_interval_is_that_of_the_binomial() -> None:
+    """One word an utterance, right or wrong: the rate of a resample is binomial(n, p) / n."""
+    n, wrong = 400, 80
+    low, high = bootstrap_interval([1] * wrong + [0] * (n - wrong), [1] * n, num_resamples=4000)
+    deviation = 100 * (0.2 * 0.8 / n) ** 0.5
+    assert low == pytest.approx(20 - 1.96 * deviation, abs=0.35) and high == pytest.approx(
+        20 + 1.96 * deviation, abs=0.35
+    )
+    half = bootstrap_interval([1] * wrong + [0] * (n - wrong), [1] * n, confidence=0.5)
+    assert low < half[0] < 20 < half[1] < high
+
+
+def test_bootstrap_interval_resamples_whole_utterances() -> None:
+    """All errors in one utterance: twice the errors or none, where single words would hardly vary."""
+    low, high = bootstrap_interval([30, 0], [50, 50])
+    assert (low, high) == (0.0, 60.0)
+    assert bootstrap_interval([1, 2], [3, 4], seed=1) == bootstrap_interval([1, 2], [3, 4], seed=1)
+    assert bootstrap_interval([3] * 7, [9] * 7) == pytest.approx((100 / 3, 100 / 3)), "equal utterances leave no doubt"
+    assert bootstrap_interval([1, 0], [2, 0])[1] == 50.0, "silence alone has no rate"
+
+
+def test_bootstrap_interval_errors() -> None:
+    with pytest.raises(
+        ValueError, match="errors and lengths of the same utterances with something said, but there are 2 and 1"
+    ):
+        bootstrap_interval([1, 2], [3])
+    with pytest.raises(
+        ValueError, match=r"`confidence` must be in \(0, 1\) and `num_resamples` at least 1, but are 1\.5 and 1000"
+    ):
+        bootstrap_interval([1], [3], confidence=1.5)
 
 
 def test_errors() -> None:

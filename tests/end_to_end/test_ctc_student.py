@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,19 @@ MASKS = {
 }
 
 
+MATCHING = {
+    **{"++criterion.alpha": "0.3", "++criterion.mixup_alpha": "1.0", "++criterion.mixup_prob": "0.5"},
+    **{
+        "++criterion.teacher_mask": "same",
+        "++criterion.confidence": "frames",
+        "++criterion.confidence_relative": "true",
+    },
+    **{"++model.shares_extractor": "true", "model.feature_grad_mult": "0.0", "model.apply_mask": "true"},
+    **{"model.mask_prob": "0.3", "++model.mask_length": "4", "model.dropout": "0.1"},
+    **{"++task.unlabelled_subset": "more", "++task.unlabelled_weight": "0.4", "dataset.batch_size": "2"},
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ctc")
@@ -42,7 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(kit: Any, folder: Path) -> Path:
-    return kit.write_corpus(folder / "data", num_train=8, num_valid=3)
+    data = kit.write_corpus(folder / "data", num_train=8, num_valid=3)
+    shutil.copy(data / "valid.tsv", data / "more.tsv")
+    return data
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +125,21 @@ def test_every_term_is_logged_and_acts(joint: tuple[Path, str], ctc_teacher: Pat
     assert ("w2v_encoder.w2v_model.encoder.layers.0.fc1.weight" in changed) is not masked, "masked weights stay"
 
 
-def test_a_resumed_run_is_the_same(
-    joint: tuple[Path, str], kit: Any, data: Path, ctc_teacher: Path, tmp_path: Path
-) -> None:
-    options = JOINT | (MASKS if "True" in joint[0].name else {})
+@pytest.mark.parametrize("kind", ["joint, masks", "function matching, unlabelled audio"])
+def test_a_resumed_run_is_the_same(kind: str, kit: Any, data: Path, ctc_teacher: Path, tmp_path: Path) -> None:
+    options = JOINT | MASKS if kind.startswith("joint") else MATCHING
     for updates in (4, 8):
         kit.commands.run(*command(data, ctc_teacher, tmp_path, options, updates)).succeeded()
     kit.commands.run(*command(data, ctc_teacher, tmp_path / "whole", options)).succeeded()
-    resumed, whole = last(tmp_path)["model"], last(tmp_path / "whole")["model"]
-    assert resumed.keys() == whole.keys()
-    for name, value in whole.items():
-        assert torch.equal(resumed[name], value), f"{name} differs by {(resumed[name] - value).abs().max()}"
+    resumed, whole = last(tmp_path), last(tmp_path / "whole")
+    states = [{**state["model"], **(state["criterion"] or {})} for state in (resumed, whole)]
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 20
+    for name, value in states[1].items():
+        assert torch.equal(states[0][name], value), f"{name} differs by {(states[0][name] - value).abs().max()}"
+    if kind.startswith("function"):
+        assert states[0]["confidence.relative.mean"] > 0
+    start = compat.load_checkpoint(ctc_teacher)["model"]
+    assert not torch.equal(states[0]["w2v_encoder.proj.bias"], start["w2v_encoder.proj.bias"])
 
 
 def test_pruned_is_what_was_masked_and_goes_on(
@@ -162,3 +182,14 @@ def test_gates_are_not_baked(joint: tuple[Path, str], kit: Any, tmp_path: Path) 
         "s3distill", "masks", "bake", joint[0] / "checkpoints" / "checkpoint_last.pt", tmp_path / "x.pt"
     )
     assert failed.status != 0 and "s3distill prune" in failed.output and not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_save_the_threshold(kit: Any, data: Path, ctc_teacher: Path, tmp_path: Path) -> None:
+    """A criterion with a parameter that does not learn is wrapped by fairseq's DDP, too."""
+    options = MATCHING | {"dataset.batch_size": "4", "++criterion.mixup_alpha": "0.0", "++criterion.mixup_prob": "1.0"}
+    for each in kit.start_ranks(command(data, ctc_teacher, tmp_path, options, 2)):
+        each.succeeded()
+    state = last(tmp_path)
+    assert state["criterion"]["confidence.relative.num_updates"] == 2
+    assert 0 < state["criterion"]["confidence.relative.mean"] < 1

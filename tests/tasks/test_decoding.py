@@ -17,6 +17,7 @@ from s3distill.data.nbest import read_nbest
 from s3distill.decoding.ctc import CtcHypothesis
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.tasks._ctc_generator import CtcGenerator, _samples_per_frame
+from s3distill.tasks._decoding import refuse_decoders
 from s3distill.tasks.audio_ctc import AudioCtcConfig, AudioCtcTask
 from tests.masks import runs
 from tests.tasks.test_audio_ctc import (
@@ -177,6 +178,13 @@ def test_options_that_cannot_work_are_refused(
         _generate([*_command(corpus, checkpoints["wav2vec_ctc"]), *options.split()])
 
 
+def test_models_with_a_decoder_take_none_of_these_options() -> None:
+    refuse_decoders(AudioCtcConfig())
+    for option, value in {"decoder": "beam", "lexicon": "x", "word_score": 1.0, "symbol_threshold": 5.0}.items():
+        with pytest.raises(ValueError, match=rf"--{option.replace('_', '-')} {value} is for CTC models"):
+            refuse_decoders(AudioCtcConfig(**{option: value}))
+
+
 def test_frames_of_stock_models_and_ours(corpus: Path, checkpoints: dict[str, Path]) -> None:  # noqa: F811
     from fairseq import checkpoint_utils
 
@@ -194,7 +202,7 @@ def test_frames_of_stock_models_and_ours(corpus: Path, checkpoints: dict[str, Pa
 def test_lists_leave_out_what_training_cannot_use(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
     task = AudioCtcTask(AudioCtcConfig(data=str(corpus), labels="ltr"))
     dictionary = task.target_dictionary
-    generator = CtcGenerator(dictionary, dictionary.bos(), _never, {}, {}, nbest=4)
+    generator = CtcGenerator(dictionary, dictionary.bos(), _never, {}, {})
     a, unknown, padding = dictionary.index("A"), dictionary.unk(), dictionary.pad()
 
     def hypothesis(*tokens: int) -> CtcHypothesis:
@@ -204,9 +212,9 @@ def test_lists_leave_out_what_training_cannot_use(corpus: Path, caplog: pytest.L
         )
 
     frames = torch.zeros(3, len(dictionary))
-    kept = generator._nbest(7, [hypothesis(), hypothesis(a), hypothesis(a, padding), hypothesis(unknown)], frames)
+    kept = generator._hypotheses(7, [hypothesis(), hypothesis(a), hypothesis(a, padding), hypothesis(unknown)], frames)
     assert [g.units for g in kept] == ["A"]
-    assert generator._nbest(7, [hypothesis()], frames) == ()
+    assert generator._hypotheses(7, [hypothesis()], frames) == []
     assert "utterance 7 has no hypothesis that training could use" in caplog.text
 
 
