@@ -75,8 +75,8 @@ def _check_idle(cfg: Any, used: bool) -> None:
     """Options that would do nothing (`ValueError`)."""
     if cfg.seq_beta != SequenceOptions.seq_beta and str(cfg.seq_kd) != "ranked":
         raise ValueError(
-            f"`criterion.seq_beta` is about criterion.seq_kd=ranked, but is {cfg.seq_beta} beside seq_kd={cfg.seq_kd}; leave it out, or pass "
-            "that"
+            f"`criterion.seq_beta` is about criterion.seq_kd=ranked, but is {cfg.seq_beta} beside seq_kd={cfg.seq_kd}; leave it out, "
+            "or pass that"
         )
     if cfg.gold_weight != 0 and not used:
         raise ValueError(
