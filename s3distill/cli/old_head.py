@@ -16,6 +16,8 @@ from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.masks.options import ENCODER, HEAD
 from s3distill.masks.state import baked
 
+LEARNED = "forgetting.old_heads."  # in the state of the criterion
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="checkpoint of the training on the new task")
@@ -36,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         )
     head = learned_head(state, args.old)
     origin = "as the run learned it along" if head is not None else f"as it is in {args.old}"
+    if head is None and any(key.startswith(LEARNED) for key in state.get("criterion") or {}):
+        origin += "; the run learned heads along, but of other paths: pass OLD as criterion.old_model_paths has it to take one of them"
     head = head or old.head_state
     assert head is not None
     _check(new, head, args.run, args.old)
@@ -53,7 +57,7 @@ def learned_head(state: Mapping[str, Any], old_path: str) -> dict[str, Tensor] |
     paths = [os.path.realpath(path) for path in options.get("old_model_paths") or []]
     if os.path.realpath(old_path) not in paths:
         return None
-    prefix = f"forgetting.old_heads.{paths.index(os.path.realpath(old_path))}."
+    prefix = f"{LEARNED}{paths.index(os.path.realpath(old_path))}."
     learned = state.get("criterion") or {}
     return {key.removeprefix(prefix): value for key, value in learned.items() if key.startswith(prefix)} or None
 

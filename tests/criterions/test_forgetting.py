@@ -247,7 +247,10 @@ def test_old_head(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     x = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
     features = model(x, predict=True)["x"]
     learned, old = criterion.forgetting.old_heads[0], s3distill.load(folder / "older.pt")
-    for head, trained, said in ((learned, folder / "older.pt", "the run learned it"), (old.head, None, "as it is in")):
+    for head, trained, said in (
+        (learned, folder / "older.pt", "the run learned it"),
+        (old.head, None, "of other paths: pass OLD as"),
+    ):
         run = write_run(tmp_path / "run.pt", criterion, model, trained)
         assert main(["old-head", str(run), str(folder / "older.pt"), str(tmp_path / "out.pt")]) == 0
         assert said in capsys.readouterr().out
