@@ -101,6 +101,11 @@ class Forgetting(nn.Module):
         held = self._held(model)
         for fisher, source in zip(self.fishers, self.sources, strict=True):
             check_fisher_fits(fisher.values, held, source)
+            if not any(held[name].requires_grad and bool(value.any()) for name, value in fisher.values.items()):
+                raise ValueError(
+                    f"`criterion.ewc_paths` holds weights, but none of those in {source} learns (scores of masks are no weights): pass "
+                    "model.co_train=true or model.trainable_proj=true, or leave the option out"
+                )
         config: Any = model.config
         for old in self.old_models:
             if old.config.frame_convs != config.frame_convs or old.config.output_dim != config.output_dim:
@@ -125,7 +130,7 @@ class Forgetting(nn.Module):
         """
         total, log = at_least_float32(x.new_zeros(())), {}
         if self.fishers:
-            held = self._held(model)
+            held = self._learning(model)
             penalty = sum((_penalty(fisher, held, x) for fisher in self.fishers), total)
             total, log["ewc"] = total + self.ewc_lambda * penalty, penalty.detach()
         if self.old_models:
@@ -137,10 +142,16 @@ class Forgetting(nn.Module):
             total, log["task_alignment"] = total + self.tac_gamma * alignment, alignment.detach()
         return total, log
 
+    def _learning(self, model: Any) -> Dict[str, Tensor]:
+        """What is held, without a gradient of the encoder while ``freeze_finetune_updates`` freezes it."""
+        held = self._held(model)
+        if not _unwrapped(model).w2v_encoder.is_frozen:
+            return dict(held)
+        return {name: p if name.startswith(_HEAD) else p.detach() for name, p in held.items()}
+
     def _held(self, model: nn.Module) -> Dict[str, nn.Parameter]:
         """Encoder and head, without scores of masks."""
-        while hasattr(model, "module"):  # inside of wrappers for distributed training
-            model = model.module
+        model = _unwrapped(model)
         return {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -148,7 +159,13 @@ class Forgetting(nn.Module):
         }
 
 
-def _penalty(fisher: Fisher, held: Dict[str, nn.Parameter], x: Tensor) -> Tensor:
+def _unwrapped(model: Any) -> Any:
+    while hasattr(model, "module"):  # inside of wrappers for distributed training
+        model = model.module
+    return model
+
+
+def _penalty(fisher: Fisher, held: Dict[str, Tensor], x: Tensor) -> Tensor:
     for tensors in (fisher.values, fisher.means):  # moved once
         for name, value in tensors.items():
             if value.device != x.device:
