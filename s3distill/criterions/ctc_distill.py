@@ -121,10 +121,9 @@ class CtcDistill(CtcCriterion):
             self.forgetting.check_model(model)
 
     def load_state_dict(self, state_dict: Any, *values: Any, **options: Any) -> Any:
-        """fairseq calls it where old heads learn, or a threshold follows.
+        """fairseq calls it where old heads learn, or a threshold follows; both may stay as they were built.
 
-        They stay as they were built at a new run's start (``finetune_from_model``), whose other run had old heads of other tasks,
-        and in a run in which a relative threshold is new.
+        That is at a new run's start, as the run before had other old tasks, and where a relative threshold is new.
         """
         if compat.starts_from_another_run():
             return None
