@@ -15,7 +15,7 @@ options, with their defaults:
   BACKBONE=                pre-trained checkpoint that A's recogniser is fine-tuned from (with what config/quickstart/finetune says)
   OLD_UPDATES=900          of that training
   UPDATES=300              of each training on B
-  LAMBDAS="0.001 0.01 0.1" of EWC, over the Fisher information divided by its mean
+  LAMBDAS="0.01 0.1 1"    of EWC, over the Fisher information divided by its mean
   GAMMAS="0.1 1"           of task alignment
   REPLAY="0.2 0.5"         shares of A's training data in the batches
   FISHER_UTTERANCES=       of A that the Fisher information is the mean over; empty: all
@@ -74,7 +74,7 @@ decode before/b "$OLD" "$DATA_B"
 
 rows=()
 learn_b plain
-for lambda in ${LAMBDAS:-0.001 0.01 0.1}; do
+for lambda in ${LAMBDAS:-0.01 0.1 1}; do
     step fisher s3distill fisher "$OLD" "$DATA_A/train.tsv" -o "$OUT/fisher.safetensors" \
         ${FISHER_UTTERANCES:+--max-utterances "$FISHER_UTTERANCES"}
     learn_b "ewc_$lambda" "criterion.ewc_paths=[$OUT/fisher.safetensors]" "criterion.ewc_lambda=$lambda" criterion.ewc_normalize=true

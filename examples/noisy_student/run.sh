@@ -18,7 +18,7 @@ options, with their defaults:
   STUDENT=                CTC checkpoint that every student starts from; empty: its teacher
   UPDATES=200             of each student
   NBEST=1                 hypotheses of each utterance; above 1 they are weighted by SEQ_KD=ranked
-  FILTERS="--max-loop 2 --min-score -0.03"   beside the compression ratio; see s3distill pseudo-label --help
+  FILTERS="--max-loop 2 --keep-best 0.75"   beside the compression ratio; see s3distill pseudo-label --help
   NOISE="..."             the students' augmentation: SpecAugment and dropout overrides
   OUT=outputs/noisy_student   folder of everything
   ARGS                    more overrides of the students' trainings
@@ -29,7 +29,7 @@ OUT=${OUT:-outputs/noisy_student}
 VALID=${VALID:-valid}
 NBEST=${NBEST:-1}
 UPDATES=${UPDATES:-200}
-FILTERS=${FILTERS:---max-loop 2 --min-score -0.03}
+FILTERS=${FILTERS:---max-loop 2 --keep-best 0.75}
 NOISE=${NOISE:-model.apply_mask=true model.mask_prob=0.3 ++model.mask_length=5 model.mask_channel_prob=0.1 \
 ++model.mask_channel_length=16 model.dropout=0.1 model.activation_dropout=0.1}
 # shellcheck source=examples/steps.sh

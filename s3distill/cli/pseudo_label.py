@@ -108,12 +108,21 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     for name, (kind, text) in _LIMITS.items():
         filters.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
     filters.add_argument(
+        "--keep-best",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="keep the share X of what is left with the highest log-probability per symbol (%(default)s)",
+    )
+    filters.add_argument(
         "--reference", metavar="ltr|PATH", help="labels to compare with: an ending beside the manifest, or a path"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     options, filters = _options(args), _filters(args)
+    if not 0 < args.keep_best <= 1:  # not first when all is decoded
+        raise ValueError(f"--keep-best must be in (0, 1], but is {args.keep_best}; 0.8 keeps the surest 80%")
     manifest = validate_for_training(args.manifest, min_samples=RECEPTIVE_FIELD)
     files = OutputFiles(Path(args.output), args.name or Path(args.manifest).stem)
     may_replace = args.overwrite or args.shard is not None  # a shard writes none of them
@@ -132,9 +141,9 @@ def run(args: argparse.Namespace) -> int:
     decoded = _decode(args, labeller, manifest, journal, options)
     if args.shard is not None:
         return 0
-    selection = select(manifest, decoded, labeller.text, filters, reference)
+    selection = select(manifest, decoded, labeller.text, filters, reference, args.keep_best)
     values = report(manifest, decoded, selection, labeller.text, reference)
-    values |= {"nbest": options.nbest, "beam": options.beam, "filters": filters.to_dict()}
+    values |= {"nbest": options.nbest, "beam": options.beam, "filters": filters.to_dict(), "keep_best": args.keep_best}
     print("\n".join(table(values)))
     split = selection.split(manifest)
     if gold is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from s3distill.encoder.config import SAMPLE_RATE
 DICTIONARY = "dict.ltr.txt"
 UNWRITABLE = "not_in_dictionary"  # the best hypothesis has a symbol that the target dictionary lacks
 TOO_LONG = "too_long_for_ctc"  # more symbols than frames at 50 Hz
+KEEP_BEST = "keep_best"  # less sure than the share that is kept
 
 
 @dataclass
@@ -81,13 +83,20 @@ def read_reference(path: Path, manifest: Manifest, text: LabelText) -> list[str]
 
 
 def select(
-    manifest: Manifest, decoded: Decoded, text: LabelText, filters: TextFilters, reference: Sequence[str] | None
+    manifest: Manifest,
+    decoded: Decoded,
+    text: LabelText,
+    filters: TextFilters,
+    reference: Sequence[str] | None,
+    keep_best: float = 1.0,
 ) -> Selection:
     """Judges the text of every hypothesis, and how sure the best is: an utterance goes with its best one, the others go alone.
 
     Args:
         decoded: all utterances of the manifest.
         reference: words of each utterance, where they are known.
+        keep_best: share, in (0, 1], of the utterances behind the other filters that stays: those with the highest log-probability
+            per symbol. Unlike a threshold it means the same for every teacher, however sure that is of itself.
     """
     names = [UNWRITABLE, *filters.names, TOO_LONG]
     selection = Selection(removed={name: [] for name in names})
@@ -105,7 +114,21 @@ def select(
         selection.num_dropped += len(hypotheses) - len(kept)
         selection.indices.append(index)
         selection.entries.append(NbestEntry(audio, kept))
+    if keep_best < 1:
+        _keep_surest(selection, math.ceil(keep_best * len(selection.indices)))
     return selection
+
+
+def _keep_surest(selection: Selection, number: int) -> None:
+    sureness = [_score_per_unit(entry.hypotheses[0]) for entry in selection.entries]
+    kept = sorted(sorted(range(len(sureness)), key=lambda i: -sureness[i])[:number])
+    selection.removed[KEEP_BEST] = sorted(set(selection.indices) - {selection.indices[i] for i in kept})
+    selection.indices = [selection.indices[i] for i in kept]
+    selection.entries = [selection.entries[i] for i in kept]
+
+
+def _score_per_unit(hypothesis: Hypothesis) -> float:
+    return hypothesis.score / max(len(hypothesis.units.split()), 1)
 
 
 def _judge(
@@ -119,8 +142,8 @@ def _judge(
     """The filter that removes a hypothesis. Doubt is the utterance's, so it is that of the best one: the weights of K-best
     training know already that the others are less likely."""
     units = hypothesis.units.split()
-    seconds, score = num_samples / SAMPLE_RATE, best.score / max(len(best.units.split()), 1)
-    verdict = filters.judge(Candidate(text.words(units), seconds, best.confidence, reference, score))
+    seconds = num_samples / SAMPLE_RATE
+    verdict = filters.judge(Candidate(text.words(units), seconds, best.confidence, reference, _score_per_unit(best)))
     if verdict is None and len(units) + sum(a == b for a, b in itertools.pairwise(units)) > num_frames(num_samples):
         return TOO_LONG  # the boundary behind the last word is not always the teacher's
     return verdict

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from s3distill.decoding.ctc import CtcHypothesis, greedy_decode
@@ -89,10 +91,22 @@ def search_of(symbols: Sequence[str], options: DecodeOptions) -> Search:
         )
         return lambda log_probs, padding_mask: found(log_probs, padding_mask, options.beam)
     if options.beam == 1:
-        return lambda log_probs, padding_mask: [[h] for h in greedy_decode(log_probs, padding_mask, BLANK)]
+        return _greedy
     return lambda log_probs, padding_mask: prefix_beam_search(
         log_probs, padding_mask, BLANK, options.beam, options.beam
     )
+
+
+def _greedy(log_probs: Tensor, padding_mask: Tensor | None) -> list[list[CtcHypothesis]]:
+    """The best path's symbols, with the log-probability of all of their paths, as the other searches give it: that of the one
+    path falls with every frame in which the model is unsure where a symbol begins, and not what it is."""
+    found = greedy_decode(log_probs, padding_mask, BLANK)
+    batch, num_frames, _ = log_probs.shape
+    frames = torch.full((batch,), num_frames) if padding_mask is None else (~padding_mask).sum(1).cpu()
+    lengths = torch.tensor([len(hypothesis.tokens) for hypothesis in found])
+    targets = torch.nn.utils.rnn.pad_sequence([h.tokens for h in found], batch_first=True).to(log_probs.device)
+    losses = F.ctc_loss(log_probs.transpose(0, 1), targets, frames, lengths, BLANK, reduction="none").tolist()
+    return [[replace(hypothesis, score=-loss)] for hypothesis, loss in zip(found, losses, strict=True)]
 
 
 def _digest(path: str | None) -> str | None:

@@ -185,6 +185,22 @@ def test_doubt_is_the_utterances_and_text_is_each_hypothesis_own(label: Callable
     }
 
 
+def test_the_surest_share_is_kept(label: Callable[..., int], tmp_path: Path) -> None:
+    label(tmp_path / "raw")
+    manifest = read_manifest(tmp_path / "raw" / "pool.tsv")
+    sureness = {
+        entry.audio: entry.hypotheses[0].score / len(entry.hypotheses[0].units.split())
+        for entry in read_nbest(nbest_path(manifest.path), manifest)
+    }
+    assert len(sureness) == 7
+    label(tmp_path / "sure", "--keep-best", "0.5")
+    kept = [audio for audio, _ in read_manifest(tmp_path / "sure" / "pool.tsv").entries]
+    surest = sorted(sureness, key=lambda audio: -sureness[audio])[:4]
+    assert kept == [audio for audio, _ in manifest.entries if audio in surest], "half of seven, rounded up, in order"
+    report = json.loads((tmp_path / "sure" / "pool.report.json").read_text())
+    assert report["removed"]["keep_best"]["utterances"] == 3 and report["utterances"]["kept"] == 4
+
+
 def test_an_empty_result_is_an_error_and_nothing_is_written(
     label: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +261,7 @@ def test_another_teacher_does_not_go_on_with_the_first_ones_journal(
         (("--max-word-ratio", "2"), "pass --reference ltr, or leave them out"),
         (("--codec", "none", "--max-compression-ratio", "2"), "--max-compression-ratio needs a --codec"),
         (("--min-confidence", "2"), r"`min_confidence` must be in \[0, 1\], a mean posterior, but is 2.0"),
+        (("--keep-best", "0"), r"--keep-best must be in \(0, 1\], but is 0.0; 0.8 keeps the surest 80%"),
         (("--device", "abacus"), "--device must be one that is there, but 'abacus' is not; pass cpu"),
         (("--reference", "wrd"), "the label file must be a readable file"),
         (("--dict", "nowhere.txt"), "the dictionary must be a readable file"),

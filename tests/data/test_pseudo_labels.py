@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from s3distill.data.manifest import read_manifest, write_manifest
-from s3distill.data.pseudo_label_search import DecodeOptions
+from s3distill.data.pseudo_label_search import DecodeOptions, search_of
 from s3distill.data.pseudo_labels import PseudoLabeller, batches_of, mean_posterior
 from s3distill.decoding.ctc import greedy_decode
 from s3distill.decoding.prefix_beam import prefix_beam_search
@@ -68,3 +68,14 @@ def test_hypotheses_that_become_equal_are_one_with_both_probabilities(tmp_path: 
 def test_bad_options_are_named(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"must be (at least 1|I/N)"):
         DecodeOptions(**options)
+
+
+def test_greedy_scores_are_those_of_all_paths() -> None:
+    torch.manual_seed(2)
+    log_probs = torch.randn(2, 4, 3).log_softmax(-1)
+    padding_mask = torch.tensor([[False] * 4, [False] * 3 + [True]])
+    found = search_of(["<s>", "A", "B"], DecodeOptions())(log_probs, padding_mask)
+    everything = prefix_beam_search(log_probs, padding_mask, 0, 200, 200)
+    for (hypothesis,), all_of_them in zip(found, everything, strict=True):
+        (same,) = (h for h in all_of_them if h.tokens.tolist() == hypothesis.tokens.tolist())
+        assert hypothesis.score == pytest.approx(same.score, abs=1e-5)
