@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from s3distill.compat.bleu import know_empty_transcripts
+from s3distill.compat.distributed import know_criterions_that_do_not_learn
 from s3distill.compat.half_precision import know_changed_weights
 from s3distill.compat.loading import (
     _FAIRSEQ_CLASSES,
@@ -96,6 +97,7 @@ def install() -> None:
     know_starts()
     know_eval_only()
     know_changed_weights()
+    know_criterions_that_do_not_learn()
     know_empty_transcripts()
     _register_data2vec()
 

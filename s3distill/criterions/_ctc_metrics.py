@@ -5,13 +5,26 @@ from typing import Any, Dict, Sequence
 
 from fairseq import metrics, utils
 from fairseq.criterions.ctc import CtcCriterion
+from torch import Tensor
 
 from s3distill.criterions._sequence_terms import SEQUENCE_SUMS, log_sequence_term
+from s3distill.losses.precision import at_least_float32
 
 # what fairseq's `ctc` counts in validation
 COUNTERS = ("w_errors", "wv_errors", "w_total", "c_errors", "c_total")
 # sums that are no sums over frames
 _SUMS = ("ntokens", "nsentences", "sample_size", "ctc_sum", "ctc_tokens", *SEQUENCE_SUMS, *COUNTERS)
+
+
+def no_labels(logits: Tensor, training: bool, with_nbest: bool) -> Dict[str, Any]:
+    """What labels log of a batch that has none.
+
+    fairseq adds logs up over ranks by their order: all batches must log the same, tensors where others log tensors.
+    """
+    zero = logits.detach().new_zeros((), dtype=at_least_float32(logits).dtype)
+    log: Dict[str, Any] = {} if training else dict.fromkeys(COUNTERS, 0)
+    log |= {"ctc_sum": zero, "ctc_tokens": 0}
+    return log | (dict(zip(SEQUENCE_SUMS, (zero, 0, 0), strict=True)) if with_nbest and training else {})
 
 
 def log_ctc_metrics(logging_outputs: Sequence[Dict[str, Any]]) -> None:

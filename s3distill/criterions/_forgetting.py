@@ -103,6 +103,11 @@ class Forgetting(nn.Module):
         held = self._held(model)
         for fisher, source in zip(self.fishers, self.sources, strict=True):
             check_fisher_fits(fisher.values, held, source)
+            if not any(held[name].requires_grad and bool(value.any()) for name, value in fisher.values.items()):
+                raise ValueError(
+                    f"`criterion.ewc_paths` holds weights, but none of those in {source} learns (scores of masks are no weights): pass "
+                    "model.co_train=true or model.trainable_proj=true, or leave the option out"
+                )
         config: Any = model.config
         for old in self.old_models:
             if old.config.frame_convs != config.frame_convs or old.config.output_dim != config.output_dim:
@@ -127,7 +132,7 @@ class Forgetting(nn.Module):
         """
         total, log = at_least_float32(x.new_zeros(())), {}
         if self.fishers:
-            held = self._held(model)
+            held = self._learning(model)
             if model.training and not self.started:
                 self.started = True
                 self._check_start(model, held)
@@ -142,9 +147,9 @@ class Forgetting(nn.Module):
             total, log["task_alignment"] = total + self.tac_gamma * alignment, alignment.detach()
         return total, log
 
-    def _check_start(self, model: Any, held: Dict[str, nn.Parameter]) -> None:
+    def _check_start(self, model: Any, held: Dict[str, Tensor]) -> None:
         """Looked at in the first update, since finetune_from_model loads weights late; a resumed run has gone on from there."""
-        if _inner(model).num_updates > 0:
+        if _unwrapped(model).num_updates > 0:
             return
         encoders = [
             {name: value.to(held[name].device) for name, value in fisher.means.items() if not name.startswith(_HEAD)}
@@ -152,23 +157,30 @@ class Forgetting(nn.Module):
         ]
         check_starts_there(encoders, held, ", ".join(self.sources))
 
+    def _learning(self, model: Any) -> Dict[str, Tensor]:
+        """What is held, without a gradient of the encoder while ``freeze_finetune_updates`` freezes it."""
+        held = self._held(model)
+        if not _unwrapped(model).w2v_encoder.is_frozen:
+            return dict(held)
+        return {name: p if name.startswith(_HEAD) else p.detach() for name, p in held.items()}
+
     def _held(self, model: nn.Module) -> Dict[str, nn.Parameter]:
         """Encoder and head, without scores of masks."""
         return {
             name: parameter
-            for name, parameter in _inner(model).named_parameters()
+            for name, parameter in _unwrapped(model).named_parameters()
             if name.startswith(_MODEL) and not name.endswith(SCORES) and (self.holds_head or not name.startswith(_HEAD))
         }
 
 
-def _inner(model: Any) -> Any:
+def _unwrapped(model: Any) -> Any:
     """The model inside of wrappers for distributed training."""
     while hasattr(model, "module"):
         model = model.module
     return model
 
 
-def _penalty(fisher: Fisher, held: Dict[str, nn.Parameter], x: Tensor) -> Tensor:
+def _penalty(fisher: Fisher, held: Dict[str, Tensor], x: Tensor) -> Tensor:
     for tensors in (fisher.values, fisher.means):  # moved once
         for name, value in tensors.items():
             if value.device != x.device:

@@ -19,7 +19,7 @@ from s3distill.criterions._ctc_checks import (
     check_unlabelled,
 )
 from s3distill.criterions._ctc_labels import GivenLogits, Labelled, labelled_part, num_valid
-from s3distill.criterions._ctc_metrics import COUNTERS, log_ctc_metrics
+from s3distill.criterions._ctc_metrics import COUNTERS, log_ctc_metrics, no_labels
 from s3distill.criterions._distill_options import HiddenStateOptions, SizeOptions
 from s3distill.criterions._distill_terms import parse_layer_weights, require_finite
 from s3distill.criterions._forgetting import Forgetting, ForgettingOptions
@@ -121,13 +121,15 @@ class CtcDistill(CtcCriterion):
             self.forgetting.check_model(model)
 
     def load_state_dict(self, state_dict: Any, *values: Any, **options: Any) -> Any:
-        """fairseq calls it where old heads learn, or a threshold follows; a run that had none leaves them as they were built.
+        """fairseq calls it where old heads learn, or a threshold follows; both may stay as they were built.
 
-        That is a new run's start (``finetune_from_model``), and a run in which a relative threshold is new.
+        That is at a new run's start, as the run before had other old tasks, and where a relative threshold is new.
         """
-        if state_dict is None and (compat.starts_from_another_run() or self.forgetting is None):
+        if compat.starts_from_another_run():
             return None
         if state_dict is None:
+            if self.forgetting is None or not len(self.forgetting.old_heads):
+                return None
             raise ValueError(
                 "the checkpoint must have the old heads of criterion.old_model_paths, but was trained without; go on with its own options, "
                 "or start a new run from it: model.student_path"
@@ -187,14 +189,17 @@ class CtcDistill(CtcCriterion):
         loss, log = at_least_float32(logits.new_zeros(())), dict[str, Any]()
         part = labelled_part(sample, logits, out["padding_mask"], view.unmixed)
         # validation counts errors whatever the loss is
-        if part is not None and (cfg.alpha > 0 or not model.training):
-            labels, log = self._labels(part, model.training)
+        if cfg.alpha > 0 or not model.training:
+            log = no_labels(logits, model.training, str(cfg.seq_kd) != "none")
+        if part is not None and log:
+            labels, found = self._labels(part, model.training)
+            log |= found
             if cfg.alpha > 0:
                 loss = loss + cfg.alpha * labels * part.num_frames
         if cfg.alpha < 1:
             assert heard is not None
-            found, parts = self._logits(logits, heard, out["padding_mask"], sample.get("labelled"), model.training)
-            loss = loss + (1 - cfg.alpha) * found
+            divergence, parts = self._logits(logits, heard, out["padding_mask"], sample.get("labelled"), model.training)
+            loss = loss + (1 - cfg.alpha) * divergence
             log |= parts
         if model.heads is not None:
             assert heard is not None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _LEVELS = 2**16  # 16 random bits decide on each element
 
@@ -36,8 +37,8 @@ def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
 
     Args:
         q, k, v: [B, H, T, D] each; of keys and values T may be another number.
-        mask: broadcast to [B, H, T, T_k]: bool, True = may be attended to (each query has a key), or added to the scores;
-            None = everything.
+        mask: broadcast to [B, H, T, T_k]: bool, True = may be attended to, or added to the scores; None = everything. A query
+            without a key, as in a row that is all padding, gives 0, and gradients of 0.
         p: of dropout.
     Returns:
         [B, H, T, D]
@@ -63,7 +64,7 @@ def _draw(like: Tensor, p: float) -> tuple[Tensor, float]:
     """1 (kept) or 0, int8, in the shape of ``like``, from torch's generator; and 1 / share that is kept on average."""
     dropped = round(p * _LEVELS)
     # one 64-bit number for four elements
-    bits = torch.empty(math.ceil(like.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = torch.empty(math.ceil(like.numel() / 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
     kept = bits.view(torch.int16)[: like.numel()] >= dropped - _LEVELS // 2
     return kept.view(torch.int8).view(like.shape), _LEVELS / (_LEVELS - dropped)
 
@@ -96,6 +97,11 @@ class _DroppedAttention(torch.autograd.Function):
             if mask is not None:
                 scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
             attention = scores.softmax(-1)
+            if mask is not None:  # softmax of -inf alone is NaN
+                key = (
+                    mask.any(-1, keepdim=True) if mask.dtype == torch.bool else mask.amax(-1, keepdim=True) > -torch.inf
+                )
+                attention = attention if bool(key.all()) else attention.masked_fill_(~key, 0)
             kept, ctx.scale = _draw(attention, p)
             ctx.save_for_backward(q, k, v, attention, kept)
             ctx.mask_shape = None if mask is None else mask.shape
@@ -103,7 +109,8 @@ class _DroppedAttention(torch.autograd.Function):
             return torch.mul(attention, kept, out=scores).matmul(v).mul_(ctx.scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]  # what is saved has no gradient of its own
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, attention, kept = ctx.saved_tensors
         grad = grad * ctx.scale
         grad_v = (attention * kept).transpose(-2, -1) @ grad

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from s3distill import kernels
 
@@ -44,14 +45,16 @@ def gelu_conv(x: Tensor, gate: Tensor | None, conv: nn.Conv1d) -> Tensor:
         [B, C, T]
     """
     weight = conv.weight if gate is None else conv.weight * gate.to(conv.weight.dtype)[:, None]
-    if not _is_plain(conv, nn.Conv1d) or not _is_ours(x, weight):
+    simple = conv.padding == (0,) and conv.dilation == (1,) and conv.groups == 1
+    if not simple or not _is_plain(conv, nn.Conv1d) or not _is_ours(x, weight):
         return conv._conv_forward(F.gelu(x), weight, conv.bias)
     result: Tensor = _GeluConv.apply(x, weight, conv.bias, conv.stride)
     return result
 
 
 def _is_plain(module: nn.Module, kind: type) -> bool:
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and not any(hooks)
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
@@ -89,7 +92,8 @@ class _GeluLinear(torch.autograd.Function):
             return F.linear(inner, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight = ctx.saved_tensors
         dtype = ctx.dtype
         rows = grad.flatten(0, -2)  # [B * T, C]
@@ -119,7 +123,8 @@ class _GeluConv(torch.autograd.Function):
             return F.conv1d(F.gelu(x).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), stride)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         activated = F.gelu(x).to(ctx.dtype)
         needs = ctx.needs_input_grad

@@ -42,7 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(
-    folder: Path, start: str = "old.pt", with_head: bool = True, normalize: bool = False, **criterion: Any
+    folder: Path,
+    start: str = "old.pt",
+    with_head: bool = True,
+    normalize: bool = False,
+    model_options: dict[str, Any] | None = None,
+    **criterion: Any,
 ) -> tuple[Any, Any, Any]:
     """(criterion, model, task) as `fairseq-hydra-train` builds them; the student starts as the old recogniser."""
     for option, ending in (("ewc_paths", "safetensors"), ("old_model_paths", "pt")):
@@ -53,7 +58,7 @@ def build(
     cfg.task = {"_name": "audio_ctc_distill", "data": str(folder), "labels": "ltr", "normalize": normalize}
     training = {"apply_mask": False, "feature_grad_mult": 1.0, "normalize": normalize}
     start_option = "student_path" if with_head else "w2v_path"
-    cfg.model = {"_name": "wav2vec_ctc_student", start_option: str(folder / start), **training}
+    cfg.model = {"_name": "wav2vec_ctc_student", start_option: str(folder / start), **training, **(model_options or {})}
     cfg.criterion = {"_name": "ctc_distill", "alpha": 1.0, "zero_infinity": True, **criterion}
     add_defaults(cfg)
     task = tasks.setup_task(cfg.task)
@@ -136,6 +141,28 @@ def test_a_free_head_is_not_held(folder: Path) -> None:
     assert criterion(model, batch(task))[2]["loss_ewc"] == 0
     held, *_ = build(folder, **EWC)
     assert held(model, batch(task))[2]["loss_ewc"] > 0
+
+
+def test_a_frozen_encoder_is_not_pulled_either(folder: Path) -> None:
+    """Two old tasks want two things of the weights; before the encoder thaws, the head alone may follow."""
+    options = {"ewc_paths": ["old", "older"], "ewc_lambda": 3.0, "model_options": {"freeze_finetune_updates": 4}}
+    criterion, model, task = build(folder, **options)
+    sample = batch(task)
+    for update, learns in ((0, False), (4, True)):
+        model.train().set_num_updates(update)
+        model.zero_grad(set_to_none=True)
+        loss, _, log = criterion(model, sample)
+        loss.backward()
+        gradients = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert ("w2v_encoder.w2v_model.encoder.layers.0.fc1.weight" in gradients) == learns
+        assert "w2v_encoder.proj.weight" in gradients and log["loss_ewc"] > 0
+
+
+def test_weights_that_do_not_learn_need_not_be_held(folder: Path) -> None:
+    masks = {"masks": True, "fix_attn": False, "fix_fc": False}
+    with pytest.raises(ValueError, match=r"none of those in .*old\.safetensors learns .* model\.co_train=true"):
+        build(folder, **EWC, model_options=masks)
+    build(folder, **EWC, model_options={**masks, "trainable_proj": True})
 
 
 @pytest.mark.parametrize("old_heads", ["learn", "frozen"])
@@ -300,3 +327,25 @@ def test_a_fisher_file_of_another_model_of_the_same_shape_is_refused(folder: Pat
     move(model)
     model.train().set_num_updates(2)
     resumed(model, batch(task))
+
+
+def test_old_heads_of_another_run_are_not_taken_for_those_of_this_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain of tasks: the run that ``finetune_from_model`` names kept the head of a task before."""
+    first, *_ = build(folder, **TAC)
+    move(first)
+    then, *_ = build(folder, old_model_paths=["older"], tac_gamma=0.7)
+    before = {name: value.clone() for name, value in then.state_dict().items()}
+    monkeypatch.setattr(compat, "starts_from_another_run", lambda: True)
+    then.load_state_dict(first.state_dict(), strict=True)
+    assert all(torch.equal(value, before[name]) for name, value in then.state_dict().items())
+    monkeypatch.undo()
+    then.load_state_dict(first.state_dict(), strict=True)  # a run that goes on
+    assert not any(torch.equal(value, before[name]) for name, value in then.state_dict().items())
+
+
+def test_a_threshold_that_is_new_beside_ewc(folder: Path) -> None:
+    """No old heads, so nothing that the checkpoint must have."""
+    criterion, *_ = build(folder, **EWC)
+    criterion.load_state_dict(None, strict=True)

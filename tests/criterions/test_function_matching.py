@@ -103,6 +103,19 @@ def test_unlabelled_utterances_have_no_ctc_term(folder: Path, teacher: str, enco
     assert none[0].item() == pytest.approx(0.6 * none[2]["loss_logits"].item(), rel=1e-5) and none[1] == whole[1]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_batches_with_and_without_labels_log_the_same(training: bool, folder: Path, teacher: str, encoder: str) -> None:
+    """fairseq adds the logs of ranks up by position: what one of them lacks would shift all that is behind it."""
+    _, model, criterion = build(folder, teacher, {"w2v_path": encoder}, {"alpha": 0.4})
+    assert criterion.logging_outputs_can_be_summed()
+    sample, logs = ctc_models.batch(LENGTHS, LABELS), []
+    for labelled in (True, False):
+        sample["labelled"] = torch.full((3,), labelled)
+        logs.append(criterion(model.train(training), sample)[2])
+    kinds = [[(name, torch.is_tensor(value)) for name, value in log.items()] for log in logs]
+    assert kinds[0] == kinds[1] and logs[1]["ctc_tokens"] == 0
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_time_masks_are_shared_or_the_students_own(share: bool, folder: Path, teacher: str, encoder: str) -> None:
     options = {"alpha": 0.0, **({"teacher_mask": "same"} if share else {})}

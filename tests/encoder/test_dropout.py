@@ -94,6 +94,27 @@ def test_gradients_of_attention(mask: str) -> None:
     assert torch.autograd.gradcheck(attend, arguments)
 
 
+@pytest.mark.parametrize("kind", ["bool", "added"])
+def test_a_row_that_is_all_padding_gives_0_and_spoils_nothing(kind: str) -> None:
+    q, k, v, _ = inputs("none")
+    q.requires_grad_()
+    may = torch.tensor([[True] * 6, [False] * 6])[:, None, None]
+    mask = may if kind == "bool" else torch.zeros(2, 3, 5, 6, dtype=torch.float64).masked_fill(~may, -torch.inf)
+    found = seeded(attention_with_dropout, q, k, v, mask, 0.3)
+    assert torch.equal(found[1], torch.zeros_like(found[1])) and bool(found[0].abs().max() > 0)
+    gradient = torch.autograd.grad(found[0].sum(), q)[0]
+    assert bool(gradient.isfinite().all()) and bool(gradient[0].abs().max() > 0)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    q, k, v, _ = inputs("none")
+    q.requires_grad_()
+    loss = attention_with_dropout(q, k, v, None, 0.3).square().sum()
+    gradient = torch.autograd.grad(loss, q, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
 def test_types_must_agree() -> None:
     q, k, v, _ = inputs("none")
     with pytest.raises(

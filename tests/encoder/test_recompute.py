@@ -123,4 +123,12 @@ def test_a_module_of_another_kind_or_with_a_hook_is_called() -> None:
     hooked = nn.Linear(5, 4).double()
     hooked.register_forward_hook(lambda *_: calls.append("hook"))
     gelu_linear(x, None, hooked)
-    assert calls == ["masked", "hook"]
+    watched = nn.Linear(5, 4).double()
+    watched.register_full_backward_hook(lambda *_: calls.append("backward hook"))
+    gelu_linear(x, None, watched).sum().backward()
+    assert calls == ["masked", "hook", "backward hook"]
+
+
+def test_a_convolution_with_padding_keeps_it() -> None:
+    x, conv = leaves((2, 5, 11))[0], nn.Conv1d(5, 4, 3, padding=1, dilation=2).double()
+    torch.testing.assert_close(gelu_conv(x, None, conv), conv(F.gelu(x)))
