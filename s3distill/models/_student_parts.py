@@ -1,9 +1,10 @@
 """What a student carries while it is distilled, whatever model it is: prediction heads, L0 gates, the size constraint."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Dict, List, Optional, Tuple
 
+from omegaconf import open_dict
 from torch import Tensor
 
 from s3distill.encoder.checkpoint import ParsedCheckpoint
@@ -21,6 +22,14 @@ logger = logging.getLogger(__name__)
 FILLED = ("teacher_dim", "extra_teacher_dims", "reference_cost", "head_hidden_dim", "latency")
 # what the keys of heads, gates and multipliers start with
 PART_PREFIXES = ("heads.", "gates.", "lagrangian.")
+
+
+def keep_filled(model_cfg: Any, filled: Any, others: Sequence[str] = ()) -> None:
+    """Puts `FILLED` and ``others`` of ``filled``, the options that a model was built with, into those that checkpoints hold."""
+    with open_dict(model_cfg):
+        for name in (*FILLED, *others):
+            if hasattr(filled, name):
+                model_cfg[name] = getattr(filled, name)
 
 
 def fill_options(cfg: Any, config: EncoderConfig, task: Any, start: Optional[ParsedCheckpoint]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, List, Optional
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
-from omegaconf import II, open_dict
+from omegaconf import II
 
 from s3distill import compat
 from s3distill.data.manifest import read_dictionary
@@ -18,7 +18,7 @@ from s3distill.encoder.ctc_teacher import CtcTeacher
 from s3distill.encoder.symbols import SYMBOL_MAPS, SymbolMap, match_symbols
 from s3distill.encoder.teacher import DTYPES
 from s3distill.masks.state import baked
-from s3distill.models._student_parts import FILLED
+from s3distill.models._student_parts import keep_filled
 from s3distill.tasks._audio import SeededCropDataset, check_split
 from s3distill.tasks._diverged import require_finite_parameters
 from s3distill.tasks._nbest import with_nbest
@@ -137,10 +137,7 @@ class AudioCtcDistillTask(AudioCtcTask):
 
     def build_model(self, model_cfg: Any, from_checkpoint: bool = False) -> Any:
         self._model = model = super().build_model(model_cfg, from_checkpoint)
-        with open_dict(model_cfg):  # what was taken from files, so that the checkpoint rebuilds without them
-            for name in FILLED:
-                if hasattr(model.cfg, name):
-                    model_cfg[name] = getattr(model.cfg, name)
+        keep_filled(model_cfg, model.cfg)
         return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, List, Optional
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_pretraining import AudioPretrainingConfig, AudioPretrainingTask
-from omegaconf import II, open_dict
+from omegaconf import II
 
 from s3distill import compat
 from s3distill.encoder.checkpoint import parse_checkpoint
@@ -18,6 +18,7 @@ from s3distill.encoder.config import SAMPLE_RATE
 from s3distill.encoder.teacher import DTYPES, Teacher
 from s3distill.losses import normalize_target
 from s3distill.masks.state import baked
+from s3distill.models._student_parts import keep_filled
 from s3distill.tasks._audio import SeededCropDataset, check_split
 from s3distill.tasks._autocast import AUTOCAST_DTYPES, AutocastSteps, check_autocast
 from s3distill.tasks._diverged import require_finite_parameters
@@ -155,12 +156,7 @@ class AudioDistillTask(AutocastSteps, AudioPretrainingTask):
             )
         self._from_checkpoint = from_checkpoint
         self._model = model = super().build_model(model_cfg, from_checkpoint)
-        with open_dict(model_cfg):  # what was taken from files, so that the checkpoint rebuilds without them
-            names = ("encoder", "encoder_embed_dim", "teacher_dim", "extra_teacher_dims", "reference_cost", "normalize")
-            names += ("head_hidden_dim", "latency")
-            for name in names:
-                if hasattr(model.cfg, name):
-                    model_cfg[name] = getattr(model.cfg, name)
+        keep_filled(model_cfg, model.cfg, ("encoder", "encoder_embed_dim", "normalize"))
         return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
