@@ -346,6 +346,9 @@ def test_old_heads_of_another_run_are_not_taken_for_those_of_this_one(
 
 
 def test_a_threshold_that_is_new_beside_ewc(folder: Path) -> None:
-    """No old heads, so nothing that the checkpoint must have."""
-    criterion, *_ = build(folder, **EWC)
+    """No old heads, so nothing that the checkpoint must have: the run goes on, and holds the weights as before."""
+    criterion, model, task = build(folder, **EWC)
+    move(model)
+    before = criterion(model, batch(task))[0]
     criterion.load_state_dict(None, strict=True)
+    assert torch.equal(criterion(model, batch(task))[0], before)
