@@ -3,8 +3,9 @@
 Line i belongs to line i + 1 of `SPLIT.tsv` and is one JSON object, with no hypotheses where decoding left the utterance out (too
 short) or heard nothing in it that training could use:
 
-    {"audio": "train/1.flac", "hypotheses": [{"units": "H I |", "score": -0.31, "confidence": 0.97}, ...]}
+    {"audio": "train/1.flac", "hypotheses": [{"units": "H I |", "score": -0.31, "confidence": 0.97, "weight": 0.81}, ...]}
 
+``weight`` is what a hypothesis counts among those of its utterance, see `NbestEntry.weights`; files of others may lack it.
 Written by `s3distill pseudo-label` and by decoding, read by training with ``task.nbest=true``.
 """
 
@@ -49,6 +50,13 @@ class NbestEntry:
     audio: str
     hypotheses: tuple[Hypothesis, ...]
 
+    @property
+    def weights(self) -> list[float]:
+        """p_k = exp(score_k) / sum_j exp(score_j), the share of each hypothesis; training with ``seq_kd=uniform`` takes it as it is."""
+        best = max((h.score for h in self.hypotheses), default=0.0)
+        shares = [math.exp(h.score - best) for h in self.hypotheses]
+        return [share / sum(shares) for share in shares]
+
 
 def nbest_path(manifest_path: PathLike) -> Path:
     """The n-best file that lies beside a manifest."""
@@ -62,7 +70,8 @@ def write_nbest(path: PathLike, entries: Iterable[NbestEntry]) -> None:
 
 def nbest_line(entry: NbestEntry) -> str:
     """An utterance as its line of the file."""
-    hypotheses = [asdict(hypothesis) for hypothesis in entry.hypotheses]
+    pairs = zip(entry.hypotheses, entry.weights, strict=True)
+    hypotheses = [{**asdict(hypothesis), "weight": round(weight, 6)} for hypothesis, weight in pairs]
     return json.dumps({"audio": entry.audio, "hypotheses": hypotheses}, ensure_ascii=False)
 
 
@@ -75,8 +84,8 @@ def read_nbest(path: PathLike, manifest: Manifest, symbols: Collection[str] | No
         symbols: what units may be; None allows every symbol.
     Raises:
         ValueError: the first faults with file, line, rule and remedy: another number of lines, no JSON, another audio file, an
-            empty hypothesis, one twice, a unit that is no symbol, a score or confidence that is no such number, or
-            hypotheses that are not best first.
+            empty hypothesis, one twice, a unit that is no symbol, a score or confidence that is no such number, hypotheses
+            that are not best first, or a weight that does not follow from the scores.
     """
     path = Path(path)
     lines, faults = read_lines(path, "n-best file", _REMEDY)
@@ -88,7 +97,7 @@ def read_nbest(path: PathLike, manifest: Manifest, symbols: Collection[str] | No
         for number, (line, (audio, _)) in enumerate(zip(lines, manifest.entries, strict=True), start=1):
             entry, problems = _parse(line)
             if entry is not None:
-                problems = [*_entry_problems(entry, audio, symbols)]
+                problems = [*_entry_problems(entry, audio, symbols), *_weight_problems(entry, line)]
                 entries.append(entry)
             faults += [Fault(str(path), number, *problem) for problem in problems]
     if faults:
@@ -145,6 +154,24 @@ def _entry_problems(entry: NbestEntry, audio: str, symbols: Collection[str] | No
     if any(better[0] < worse[0] for better, worse in itertools.pairwise(numbers)):
         scores = ", ".join(f"{score:g}" for score, _ in numbers)
         yield "hypotheses must stand best first", f"their scores are {scores}", "sort them by `score`, falling"
+
+
+def _weight_problems(entry: NbestEntry, line: str) -> Iterator[Problem]:
+    """Weights are there to be read; training makes them from the scores, so one that was edited would do nothing."""
+    found = [fields.get("weight") for fields in json.loads(line)["hypotheses"]]
+    if all(weight is None for weight in found) or not all(math.isfinite(h.score) for h in entry.hypotheses):
+        return
+    fits = [
+        isinstance(w, int | float) and math.isclose(w, p, abs_tol=1e-5)
+        for w, p in zip(found, entry.weights, strict=True)
+    ]
+    if not all(fits):
+        expected = ", ".join(f"{p:.6g}" for p in entry.weights)
+        yield (
+            f"`weight` must be exp(score) over its sum, so {expected}",
+            f"they are {found}",
+            "edit scores, or leave it out",
+        )
 
 
 def _repeated(texts: Sequence[str]) -> str | None:

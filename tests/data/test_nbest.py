@@ -32,8 +32,8 @@ def test_what_is_written_is_read(manifest: Manifest) -> None:
     assert json.loads(path.read_text(encoding="utf-8").split("\n")[0]) == {
         "audio": "a.flac",
         "hypotheses": [
-            {"units": "É A |", "score": -0.25, "confidence": 0.9375},
-            {"units": "A |", "score": -3.0, "confidence": 0.5},
+            {"units": "É A |", "score": -0.25, "confidence": 0.9375, "weight": 0.939913},
+            {"units": "A |", "score": -3.0, "confidence": 0.5, "weight": 0.060087},  # 1 / (1 + exp(2.75))
         ],
     }
 
@@ -67,6 +67,8 @@ def guess(units: str = "A |", score: object = -1.0, confidence: object = 0.5) ->
         (entry("a.flac", guess("A X Y |")), "units must be in the dictionary, but 'X', 'Y' are not"),
         (entry("a.flac", guess(score=float("nan"))), "`score` must be a finite number.*, but it is nan"),
         (entry("a.flac", guess(confidence=1.5)), r"`confidence` must be in \[0, 1\], a mean posterior, but it is 1\.5"),
+        (entry("a.flac", guess() | {"weight": 0.9}), r"`weight` must be exp\(score\) .*, so 1, but they are \[0\.9\]"),
+        (entry("a.flac", guess() | {"weight": 1}, guess("B |", -1)), r"so 0\.5, 0\.5, but they are \[1, None\]"),
         (entry("a.flac", guess(), guess("B |", -0.5)), "must stand best first, but their scores are -1, -0.5"),
     ],
 )
