@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3distill import kernels
+from s3distill import kernels, products
 from s3distill.encoder.config import ConvLayerConfig, EncoderConfig
+from s3distill.encoder.first_layer import conv_group_norm
 from s3distill.encoder.layers import LayerNorm
 from s3distill.encoder.recompute import gelu_conv
 
@@ -72,13 +73,12 @@ def gated_conv(conv: nn.Module, x: Tensor, gate: Tensor | None, activate: bool =
     So the first layers keep no scaled copies of their output, which are the largest tensors of a training step. ``activate``:
     of GELU(x) in place of x, which is not kept either, see `gelu_conv`.
     """
-    if type(conv) is nn.Conv1d and conv.groups == 1:
+    if isinstance(conv, nn.Conv1d) and products.is_plain(conv, nn.Conv1d) and conv.groups == 1:
         if activate:
             return gelu_conv(x, gate, conv)
-        if gate is None:
-            return conv(x)
-        return conv._conv_forward(x, conv.weight * gate.to(conv.weight.dtype)[:, None], conv.bias)
-    # has weights of its own kind
+        weight = conv.weight if gate is None else conv.weight * gate.to(conv.weight.dtype)[:, None]
+        return products.conv1d(x, weight, conv.bias, conv.stride[0])
+    # has weights of its own kind, or somebody watches it
     x = F.gelu(x) if activate else x
     return conv(x if gate is None else x * gate.to(x.dtype)[:, None])  # type: ignore[no-any-return]
 
@@ -131,8 +131,16 @@ class ConvLayer(nn.Sequential):
             input_gate: scales the input's channels, [C_in], see `gated_conv`.
             activate: the input still needs the GELU of the layer before.
         """
-        x = gated_conv(self.conv, x, input_gate, activate)
         norm = self.norm_layer
+        if (
+            isinstance(norm, nn.GroupNorm)
+            and products.is_plain(self.conv, nn.Conv1d)
+            and products.is_plain(norm, nn.GroupNorm)
+        ):
+            assert isinstance(self.conv, nn.Conv1d)
+            if x.shape[1] == 1 and not x.requires_grad and input_gate is None and products.is_eager_on_cpu(x):
+                return conv_group_norm(x, self.conv, norm, num_valid)
+        x = gated_conv(self.conv, x, input_gate, activate)
         if isinstance(norm, nn.GroupNorm):
             if num_valid is None:
                 x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)

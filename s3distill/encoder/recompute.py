@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from s3distill import kernels
+from s3distill import products
 
 
 def gelu_linear(x: Tensor, gate: Tensor | None, linear: nn.Linear) -> Tensor:
@@ -26,7 +26,7 @@ def gelu_linear(x: Tensor, gate: Tensor | None, linear: nn.Linear) -> Tensor:
     Returns:
         [B, T, C]
     """
-    if not _is_plain(linear, nn.Linear) or not _is_ours(x, linear.weight):
+    if not products.is_plain(linear, nn.Linear, products.Linear) or not _is_ours(x, linear.weight):
         inner = F.gelu(x)
         if gate is not None:
             inner = inner * gate.to(inner.dtype)
@@ -46,26 +46,17 @@ def gelu_conv(x: Tensor, gate: Tensor | None, conv: nn.Conv1d) -> Tensor:
     """
     weight = conv.weight if gate is None else conv.weight * gate.to(conv.weight.dtype)[:, None]
     simple = conv.padding == (0,) and conv.dilation == (1,) and conv.groups == 1
-    if not simple or not _is_plain(conv, nn.Conv1d) or not _is_ours(x, weight):
+    if not simple or not products.is_plain(conv, nn.Conv1d):
         return conv._conv_forward(F.gelu(x), weight, conv.bias)
-    result: Tensor = _GeluConv.apply(x, weight, conv.bias, conv.stride)
+    if not _is_ours(x, weight):
+        activated = F.gelu(x.transpose(1, 2)).transpose(1, 2)  # contiguous rows, as in `_GeluConv`
+        return products.conv1d(activated, weight, conv.bias, conv.stride[0])
+    result: Tensor = _GeluConv.apply(x, weight, conv.bias, conv.stride[0])
     return result
 
 
-def _is_plain(module: nn.Module, kind: type) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and not any(hooks)
-
-
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
-    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    keeps = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return x.device.type == "cpu" and keeps and not graph
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product of ``x`` is computed in: under autocast its type."""
-    return torch.get_autocast_dtype(x.device.type) if kernels.is_autocast(x.device) else x.dtype
+    return products.is_eager_on_cpu(x) and products.needs_gradient(x, weight)
 
 
 def _through_gelu(grad: Tensor, x: Tensor) -> Tensor:
@@ -82,14 +73,14 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.dtype = dtype = _compute_dtype(x)
+        ctx.dtype = dtype = products.compute_dtype(x)
         ctx.save_for_backward(x, gate, weight)  # not what it is rounded to under autocast: that is soon done again
         ctx.bias_dtype = None if bias is None else bias.dtype
         with torch.autocast(x.device.type, enabled=False):
             inner = F.gelu(x).to(dtype)
             if gate is not None:
                 inner.mul_(gate.to(dtype))
-            return F.linear(inner, weight.to(dtype), None if bias is None else bias.to(dtype))
+            return products.product(inner, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -99,9 +90,11 @@ class _GeluLinear(torch.autograd.Function):
         rows = grad.flatten(0, -2)  # [B * T, C]
         activated = F.gelu(x).to(dtype)
         inner = activated if gate is None else activated * gate.to(dtype)
-        grad_weight = (rows.t() @ inner.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        grad_weight = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = products.weight_gradient(rows, inner.flatten(0, -2)).to(weight.dtype)
         grad_bias = rows.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-        grad_inner = (rows @ weight.to(dtype)).view(x.shape)
+        grad_inner = products.product(rows, weight.to(dtype).t()).view(x.shape)
         grad_gate = None
         if gate is not None:
             if ctx.needs_input_grad[1]:
@@ -115,34 +108,28 @@ class _GeluConv(torch.autograd.Function):
     """Keeps x, and not GELU(x)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int]) -> Tensor:  # type: ignore[override]
-        ctx.dtype = dtype = _compute_dtype(x)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:  # type: ignore[override]
+        ctx.dtype = dtype = products.compute_dtype(x)
         ctx.save_for_backward(x, weight)
+        frames = x.transpose(1, 2).contiguous()  # [B, C_in, T_in] -> [B, T_in, C_in], as the layer before holds it
         ctx.bias_dtype, ctx.stride = None if bias is None else bias.dtype, stride
         with torch.autocast(x.device.type, enabled=False):
-            return F.conv1d(F.gelu(x).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), stride)
+            bias = None if bias is None else bias.to(dtype)
+            return products.conv_product(F.gelu(frames).to(dtype), weight.to(dtype), bias, stride).transpose(1, 2)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        activated = F.gelu(x).to(ctx.dtype)
+        frames, grad = x.transpose(1, 2).contiguous(), grad.transpose(1, 2).contiguous()
         needs = ctx.needs_input_grad
-        sizes = None if ctx.bias_dtype is None else [weight.shape[0]]
-        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad,
-            activated,
-            weight.to(ctx.dtype),
-            sizes,
-            list(ctx.stride),
-            [0],
-            [1],
-            False,
-            [0],
-            1,
-            [needs[0], needs[1], needs[2]],
-        )
-        del activated
-        grad_x = _through_gelu(grad_input.to(x.dtype), x) if needs[0] else None
-        grad_weight = grad_weight.to(weight.dtype) if needs[1] else None
-        return grad_x, grad_weight, grad_bias.to(ctx.bias_dtype) if needs[2] else None, None
+        grad_x = grad_weight = None
+        grad_bias = grad.flatten(0, 1).sum(0).to(ctx.bias_dtype) if needs[2] else None
+        if needs[1]:
+            activated = F.gelu(frames).to(ctx.dtype)
+            grad_weight = products.conv_weight_gradient(grad, activated, weight.shape[2], ctx.stride).to(weight.dtype)
+            del activated
+        if needs[0]:
+            grad_x = products.conv_input_gradient(grad, weight.to(ctx.dtype), ctx.stride, frames.shape[1])
+            grad_x = _through_gelu(grad_x.to(frames.dtype), frames).transpose(1, 2)
+        return grad_x, grad_weight, grad_bias, None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from s3distill import kernels
+from s3distill import kernels, products
 from s3distill.encoder.attention import SelfAttention, attention_mask_from_padding, bert_linear
 from s3distill.encoder.config import EncoderConfig, LayerConfig, TrainingConfig
 from s3distill.encoder.dropout import dropout
@@ -47,9 +47,8 @@ class WeightNormConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C, T]"""
-        return _same_length(
-            F.conv1d(x, self.weight, self.bias, padding=self.kernel // 2, groups=self.groups), self.kernel
-        )
+        y = products.grouped_conv1d(x, self.weight, self.bias, self.kernel // 2, self.groups)
+        return _same_length(y, self.kernel)
 
 
 def _same_length(x: Tensor, kernel: int) -> Tensor:

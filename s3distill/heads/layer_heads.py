@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3distill.heads.least_squares import least_squares
+from s3distill.products import Linear
 
 MODES = ("layer2layer", "predlayer", "none")
 SHARINGS = ("own", "shared")
@@ -170,10 +171,10 @@ class LayerHeads(nn.Module):
         self.hidden: nn.Linear | None = None
         if config.mode == "predlayer":
             width = config.hidden_dim or config.student_dim
-            self.hidden = nn.Linear(config.student_dim, width * num_linears)
+            self.hidden = Linear(config.student_dim, width * num_linears)
         else:
             width = config.student_dim
-        self.linears = nn.ModuleList(nn.Linear(width, config.teacher_dim) for _ in range(num_linears))
+        self.linears = nn.ModuleList(Linear(width, config.teacher_dim) for _ in range(num_linears))
         num_upsamplers = 0 if config.upsample == 1 else (num_linears if self.hidden is None else 1)
         dim, factor = config.student_dim, config.upsample
         self.upsamplers = nn.ModuleList(nn.ConvTranspose1d(dim, dim, factor, factor) for _ in range(num_upsamplers))

@@ -7,9 +7,9 @@ is fast on GPUs with sparse tensor cores, in half precision or int8, and nowhere
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3distill import products
 from s3distill.masks.modules import MaskedLinear, bake, masked_modules
 
 
@@ -39,9 +39,9 @@ class CompactLinear(nn.Module):
         if self.columns is not None:
             x = x.index_select(-1, self.columns)
         if self.rows is None:
-            return F.linear(x, self.weight, self.bias)
+            return products.linear(x, self.weight, self.bias)
         y = self.bias.to(x.dtype).expand(*x.shape[:-1], -1).clone()
-        return y.index_add_(-1, self.rows, F.linear(x, self.weight))
+        return y.index_add_(-1, self.rows, products.linear(x, self.weight))
 
 
 @torch.no_grad()

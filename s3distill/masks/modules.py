@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from s3distill import products
 from s3distill.encoder.transformer import WeightNormConv
 from s3distill.masks.scores import init_scores
 from s3distill.masks.selection import check_pattern, scores_shape, select
@@ -162,11 +162,11 @@ class MaskedLinear(Masked, nn.Linear):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.masked_weight(), self.bias)
+        return products.linear(x, self.masked_weight(), self.bias)
 
     def unmasked(self, weight: Tensor) -> nn.Module:
         return _with_weight(
-            nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta"), weight, self.bias
+            products.Linear(self.in_features, self.out_features, self.bias is not None, "meta"), weight, self.bias
         )
 
 
@@ -190,6 +190,8 @@ class MaskedConv1d(Masked, nn.Conv1d):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.padding == (0,) and self.groups == 1:  # of the extractor
+            return products.conv1d(x, self.masked_weight(), self.bias, self.stride[0])
         return self._conv_forward(x, self.masked_weight(), self.bias)
 
     def unmasked(self, weight: Tensor) -> nn.Module:
