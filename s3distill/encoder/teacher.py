@@ -41,6 +41,7 @@ class Teacher:
         self._encoder = SpeechEncoder(checkpoint.config)
         self._encoder.load_encoder_state(checkpoint.encoder_state, name)
         self._encoder.eval().requires_grad_(False).to(self.dtype)
+        self._encoder.freeze()
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raises `ValueError` for layers that the teacher lacks."""
