@@ -31,8 +31,6 @@ class WeightNormConv(nn.Module):
     Keys are those of the checkpoints (``weight_g`` [1, 1, K], ``weight_v`` [C, C/groups, K], ``bias`` [C]).
     """
 
-    frozen_weight: Tensor | None
-
     def __init__(self, channels: int, kernel: int, groups: int) -> None:
         super().__init__()
         self.kernel, self.groups = kernel, groups
@@ -41,18 +39,18 @@ class WeightNormConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.weight_g = nn.Parameter(weight.norm(dim=(0, 1), keepdim=True))
         self.weight_v = nn.Parameter(weight)
-        self.register_buffer("frozen_weight", None, persistent=False)
 
     @property
     def weight(self) -> Tensor:
         """g * v / ||v||, [C, C/groups, K]  (Salimans & Kingma, 2016, eq. 2)."""
-        if self.frozen_weight is not None:
-            return self.frozen_weight
+        frozen = self._buffers.get("frozen_weight")
+        if frozen is not None:
+            return frozen
         return torch._weight_norm(self.weight_v, self.weight_g, 2)
 
     def freeze(self) -> None:
         """Computes the weight for the last time, for an encoder that will not learn."""
-        self.frozen_weight = products.grouped_weight(self.weight.detach())
+        self.register_buffer("frozen_weight", products.grouped_weight(self.weight.detach()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C, T]"""
