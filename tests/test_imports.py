@@ -14,7 +14,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "s3distill"
 
 LAYERS = {
-    "core": ("encoder", "gates", "masks", "heads", "losses", "pruning", "decoding", "kernels"),
+    "core": (
+        "encoder",
+        "gates",
+        "masks",
+        "heads",
+        "losses",
+        "pruning",
+        "decoding",
+        "kernels",
+        "products",
+        "convolutions",
+    ),
     "tools": ("data", "analysis", "export"),
     "shell": ("models", "tasks", "criterions", "optim", "scoring"),
     "cli": ("cli",),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3distill import kernels, products
+from s3distill import convolutions, kernels, products
 from s3distill.encoder.config import ConvLayerConfig, EncoderConfig
 from s3distill.encoder.first_layer import conv_group_norm
 from s3distill.encoder.layers import LayerNorm
@@ -77,7 +77,7 @@ def gated_conv(conv: nn.Module, x: Tensor, gate: Tensor | None, activate: bool =
         if activate:
             return gelu_conv(x, gate, conv)
         weight = conv.weight if gate is None else conv.weight * gate.to(conv.weight.dtype)[:, None]
-        return products.conv1d(x, weight, conv.bias, conv.stride[0])
+        return convolutions.conv1d(x, weight, conv.bias, conv.stride[0])
     # has weights of its own kind, or somebody watches it
     x = F.gelu(x) if activate else x
     return conv(x if gate is None else x * gate.to(x.dtype)[:, None])  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from s3distill import products
+from s3distill import convolutions, products
 
 
 def gelu_linear(x: Tensor, gate: Tensor | None, linear: nn.Linear) -> Tensor:
@@ -50,7 +50,7 @@ def gelu_conv(x: Tensor, gate: Tensor | None, conv: nn.Conv1d) -> Tensor:
         return conv._conv_forward(F.gelu(x), weight, conv.bias)
     if not _is_ours(x, weight):
         activated = F.gelu(x.transpose(1, 2)).transpose(1, 2)  # contiguous rows, as in `_GeluConv`
-        return products.conv1d(activated, weight, conv.bias, conv.stride[0])
+        return convolutions.conv1d(activated, weight, conv.bias, conv.stride[0])
     result: Tensor = _GeluConv.apply(x, weight, conv.bias, conv.stride[0])
     return result
 
@@ -115,7 +115,7 @@ class _GeluConv(torch.autograd.Function):
         ctx.bias_dtype, ctx.stride = None if bias is None else bias.dtype, stride
         with torch.autocast(x.device.type, enabled=False):
             bias = None if bias is None else bias.to(dtype)
-            return products.conv_product(F.gelu(frames).to(dtype), weight.to(dtype), bias, stride).transpose(1, 2)
+            return convolutions.conv_product(F.gelu(frames).to(dtype), weight.to(dtype), bias, stride).transpose(1, 2)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -127,9 +127,11 @@ class _GeluConv(torch.autograd.Function):
         grad_bias = grad.flatten(0, 1).sum(0).to(ctx.bias_dtype) if needs[2] else None
         if needs[1]:
             activated = F.gelu(frames).to(ctx.dtype)
-            grad_weight = products.conv_weight_gradient(grad, activated, weight.shape[2], ctx.stride).to(weight.dtype)
+            grad_weight = convolutions.conv_weight_gradient(grad, activated, weight.shape[2], ctx.stride).to(
+                weight.dtype
+            )
             del activated
         if needs[0]:
-            grad_x = products.conv_input_gradient(grad, weight.to(ctx.dtype), ctx.stride, frames.shape[1])
+            grad_x = convolutions.conv_input_gradient(grad, weight.to(ctx.dtype), ctx.stride, frames.shape[1])
             grad_x = _through_gelu(grad_x.to(frames.dtype), frames).transpose(1, 2)
         return grad_x, grad_weight, grad_bias, None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from s3distill import kernels, products
+from s3distill import convolutions, kernels
 from s3distill.encoder.attention import SelfAttention, attention_mask_from_padding, bert_linear
 from s3distill.encoder.config import EncoderConfig, LayerConfig, TrainingConfig
 from s3distill.encoder.dropout import dropout
@@ -50,11 +50,11 @@ class WeightNormConv(nn.Module):
 
     def freeze(self) -> None:
         """Computes the weight for the last time, for an encoder that will not learn."""
-        self.register_buffer("frozen_weight", products.grouped_weight(self.weight.detach()), persistent=False)
+        self.register_buffer("frozen_weight", convolutions.grouped_weight(self.weight.detach()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C, T]"""
-        y = products.grouped_conv1d(x, self.weight, self.bias, self.kernel // 2, self.groups)
+        y = convolutions.grouped_conv1d(x, self.weight, self.bias, self.kernel // 2, self.groups)
         return _same_length(y, self.kernel)
 
 

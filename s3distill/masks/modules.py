@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from s3distill import products
+from s3distill import convolutions, products
 from s3distill.encoder.transformer import WeightNormConv
 from s3distill.masks.scores import init_scores
 from s3distill.masks.selection import check_pattern, scores_shape, select
@@ -191,7 +191,7 @@ class MaskedConv1d(Masked, nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.padding == (0,) and self.groups == 1:  # of the extractor
-            return products.conv1d(x, self.masked_weight(), self.bias, self.stride[0])
+            return convolutions.conv1d(x, self.masked_weight(), self.bias, self.stride[0])
         return self._conv_forward(x, self.masked_weight(), self.bias)
 
     def unmasked(self, weight: Tensor) -> nn.Module:
