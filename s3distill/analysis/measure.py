@@ -108,7 +108,7 @@ def measure_mask_speedup(
     None where no mask closes a whole row or column, so that there is nothing to leave out.
     """
     parsed = parse_checkpoint(compat.load_checkpoint(path), str(path))
-    dense, compact = network_of(parsed), network_of(parsed)
+    dense, compact = (network_of(parsed, str(path)) for _ in range(2))
     dense.bake()
     if bake_compact(compact) == 0:
         return None

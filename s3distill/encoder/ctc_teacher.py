@@ -11,9 +11,7 @@ from torch import Tensor
 
 from s3distill import kernels
 from s3distill.encoder.checkpoint import ParsedCheckpoint
-from s3distill.encoder.speech_model import gates_of
 from s3distill.encoder.teacher import Teacher
-from s3distill.gates.values import GateValues
 
 
 class TeacherOutput(NamedTuple):
@@ -33,8 +31,7 @@ class TeacherOutput(NamedTuple):
 class CtcTeacher(Teacher):
     """`Teacher` with the CTC head of its checkpoint; one that was only pre-trained has none, and gives hidden states.
 
-    Gates that were not pruned yet act as in evaluation. ``blank_weight`` of the checkpoint, which moves what it decodes, is
-    part of its logits.
+    ``blank_weight`` of the checkpoint, which moves what it decodes, is part of its logits.
 
     Attributes:
         symbols: dictionary of the head (index = output), or None: no head, or a file without its dictionary.
@@ -48,7 +45,6 @@ class CtcTeacher(Teacher):
             self._head = checkpoint.head_state["weight"].to(self.dtype), checkpoint.head_state["bias"].to(self.dtype)
         options = checkpoint.model_options
         self._blank = float(options.get("blank_weight") or 0), str(options.get("blank_mode") or "add")
-        self._gates = gates_of(checkpoint)
 
     @property
     def num_outputs(self) -> int:
@@ -88,9 +84,6 @@ class CtcTeacher(Teacher):
         logits = self._logits(out.x).clone() if with_logits else None
         states = [out.hidden_states[layer].clone().float() for layer in layers]
         return TeacherOutput(states, logits, None if out.padding_mask is None else out.padding_mask.clone())
-
-    def _gate_values(self, device: torch.device) -> GateValues | None:
-        return None if self._gates is None else self._gates.to(device).deterministic()
 
     def _logits(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, V] float32"""

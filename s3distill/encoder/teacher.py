@@ -11,7 +11,7 @@ from s3distill import kernels
 from s3distill.encoder.checkpoint import ParsedCheckpoint
 from s3distill.encoder.config import EncoderConfig
 from s3distill.encoder.model import EncoderOutput, SpeechEncoder
-from s3distill.encoder.speech_model import normalize_waveforms
+from s3distill.encoder.speech_model import gates_of, normalize_waveforms
 from s3distill.gates.values import GateValues
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -20,7 +20,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Teacher:
     """A frozen encoder in eval mode, run under `inference_mode` and in a precision of its own, only as deep as asked.
 
-    It is no `nn.Module` on purpose: a task or criterion that holds it adds nothing to checkpoints, DDP or the optimizer.
+    It is no `nn.Module` on purpose: a task or criterion that holds it adds nothing to checkpoints, DDP or the optimizer. Gates
+    that were not pruned yet act as in evaluation.
 
     Attributes:
         config: shape of the whole teacher, also when only its lower layers are kept.
@@ -42,6 +43,7 @@ class Teacher:
         self._encoder.load_encoder_state(checkpoint.encoder_state, name)
         self._encoder.eval().requires_grad_(False).to(self.dtype)
         self._encoder.freeze()
+        self._gates = gates_of(checkpoint)
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raises `ValueError` for layers that the teacher lacks."""
@@ -53,7 +55,9 @@ class Teacher:
             )
 
     def has_extractor_of(self, other: SpeechEncoder) -> bool:
-        """Whether the convolutions of ``other`` are this teacher's, weight by weight in the teacher's precision."""
+        """Whether the convolutions of ``other`` are this teacher's, weight by weight in the teacher's precision, without gates."""
+        if self._gates is not None and "conv" in self._gates.units:
+            return False
         names = ("conv_layers", "extractor_mode", "conv_bias", "group_norm_over_padding")
         if any(getattr(self.config, name) != getattr(other.config, name) for name in names):
             return False
@@ -109,5 +113,4 @@ class Teacher:
         return out
 
     def _gate_values(self, device: torch.device) -> GateValues | None:
-        """Values of L0 gates, for teachers that have some."""
-        return None
+        return None if self._gates is None else self._gates.to(device).deterministic()

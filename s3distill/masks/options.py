@@ -65,7 +65,11 @@ class MaskOptions:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MaskOptions:
-        """Picks this class's fields out of a model's options; None in place of a list is an empty one."""
+        """Picks this class's fields out of a model's options; None in place of a list is an empty one.
+
+        Raises:
+            ValueError: a yes-or-no option is neither.
+        """
         picked: dict[str, Any] = {}
         for f in dataclasses.fields(cls):
             if f.name not in values:
@@ -75,6 +79,10 @@ class MaskOptions:
                 value = () if value is None else tuple(float(v) for v in value)
             elif f.name in ("init_score", "linear_st_op", "mask_pattern", "prune_method"):
                 value = str(getattr(value, "value", value))
+            elif isinstance(f.default, bool) and not isinstance(value, bool):
+                raise ValueError(
+                    f"`{f.name}` must be true or false, but is {value!r}; the file was not written by fairseq"
+                )
             picked[f.name] = value
         return cls(**picked)
 

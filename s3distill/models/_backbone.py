@@ -55,6 +55,15 @@ def read_backbone(cfg: Any) -> Backbone:
     return Backbone(parsed.config, state, path=str(cfg.w2v_path))
 
 
+def check_no_nested_gates(parsed: ParsedCheckpoint, path: str) -> None:
+    """Refuses a model that was fine-tuned over a student with gates (`ValueError`): its encoder is not what it computes with."""
+    if any("gates." in name and not name.startswith("gates.") for name in parsed.extra_state):
+        raise ValueError(
+            f"{path} was fine-tuned over gates that were not pruned yet, which would be lost here; start from a pruned encoder instead "
+            "(s3distill prune, then fine-tune)"
+        )
+
+
 def check_normalize(parsed: ParsedCheckpoint, normalize: bool, path: str) -> None:
     """Refuses a task that normalises waveforms where the backbone's training did not, or the other way round (`ValueError`)."""
     if parsed.normalize != normalize:

@@ -8,7 +8,7 @@ from s3distill.encoder.checkpoint import ParsedCheckpoint, parse_checkpoint
 from s3distill.encoder.symbols import match_symbols
 from s3distill.masks.options import MaskOptions
 from s3distill.masks.state import baked
-from s3distill.models._backbone import Backbone, check_normalize, encoder_args, read_backbone
+from s3distill.models._backbone import Backbone, check_no_nested_gates, check_normalize, encoder_args, read_backbone
 from s3distill.models._fine_tuning import check_without_effect, mask_options
 
 
@@ -41,11 +41,7 @@ def read_ctc_start(cfg: Any, symbols: Sequence[str]) -> Tuple[Backbone, Optional
         )
     parsed = baked(parse_checkpoint(compat.load_checkpoint(path), path), path)
     check_normalize(parsed, bool(cfg.normalize), path)
-    if any("gates." in name and not name.startswith("gates.") for name in parsed.extra_state):
-        raise ValueError(
-            f"{path} was fine-tuned over gates that were not pruned yet, which would be lost here; start from a pruned encoder instead "
-            "(s3distill prune, then fine-tune)"
-        )
+    check_no_nested_gates(parsed, path)
     head = _head_for(parsed, symbols, path)
     cfg.w2v_args = encoder_args(parsed)
     return Backbone(parsed.config, parsed.encoder_state, head, path), parsed

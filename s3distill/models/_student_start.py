@@ -12,6 +12,7 @@ from s3distill.encoder.config import EncoderConfig, parse_conv_layers
 from s3distill.encoder.layer_choice import NO_LAYERS, parse_layer_choice, take_extractor, take_layers
 from s3distill.encoder.options import VARIANT_OPTIONS, variant_options
 from s3distill.masks.state import baked
+from s3distill.models._backbone import check_no_nested_gates
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def _shown(value: Any) -> Any:
 
 def _read(path: str, normalize: bool) -> ParsedCheckpoint:
     parsed = baked(parse_checkpoint(compat.load_checkpoint(path), path), path)
+    check_no_nested_gates(parsed, path)
     if parsed.normalize != normalize:
         raise ValueError(
             f"`task.normalize` must be what the checkpoint was trained with: {path} has normalize={parsed.normalize}, but the task "

@@ -10,6 +10,7 @@ from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, MaskConfig,
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.encoder.speech_model import normalize_waveforms
 from s3distill.encoder.teacher import Teacher
+from s3distill.gates import GateSet
 
 CONFIG = EncoderConfig(
     conv_layers=(ConvLayerConfig(8, 10, 5), ConvLayerConfig(8, 3, 2)),
@@ -38,6 +39,32 @@ def batch(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor
 
 
 LENGTHS = [900, 500, 700]
+
+
+@pytest.mark.parametrize("units", [("conv", "head", "ffn"), ("ffn",)])
+def test_gates_that_were_not_pruned_act_as_in_evaluation(units: tuple[str, ...]) -> None:
+    encoder = make_encoder()
+    gates = GateSet(CONFIG, units, init_drop=0.5)
+    with torch.no_grad():
+        for parameter in gates.parameters():
+            parameter.normal_(std=4)
+    state = {f"gates.{name}": value for name, value in gates.state_dict().items()}
+    options = {"encoder": CONFIG.to_json(), "prune_units": list(units)}
+    parsed = ParsedCheckpoint(
+        "ssl_student", CONFIG, dict(encoder.state_dict()), False, extra_state=state, pretraining_options=options
+    )
+    gated = Teacher(parsed)
+    source, padding_mask = batch(LENGTHS)
+    (found,), found_padding = gated.hidden_states(source, padding_mask, [2])
+    with torch.inference_mode():
+        expected = encoder(source, padding_mask, gates=gates.eval().deterministic())
+    assert torch.equal(found_padding, expected.padding_mask)
+    torch.testing.assert_close(found[~found_padding], expected.x[~found_padding], rtol=1e-5, atol=1e-5)
+    (plain,), _ = make_teacher(encoder).hidden_states(source, padding_mask, [2])
+    assert (plain - found).abs().max() > 1e-3
+    assert gated.has_extractor_of(encoder) == ("conv" not in units)
+
+
 SEEDS = [(1, 7, i) for i in range(3)]
 
 

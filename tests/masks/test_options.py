@@ -142,6 +142,12 @@ def test_empty_lists_mean_one_density_everywhere(empty: Any) -> None:
     assert masked(options) == dict.fromkeys([POST, *LAYERS], 0.7)
 
 
+def test_words_are_no_truth_values() -> None:
+    """`bool("false")` is true."""
+    with pytest.raises(ValueError, match=r"`co_train` must be true or false, but is 'false'"):
+        MaskOptions.from_mapping({"co_train": "false"})
+
+
 @pytest.mark.parametrize(
     ("op", "pattern", "expected"),
     [

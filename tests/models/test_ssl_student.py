@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 import s3distill
 from s3distill.models.ssl_student import SslStudent, SslStudentConfig
 from s3distill.tasks.audio_distill import AudioDistillConfig, AudioDistillTask
-from tests.models import labels
+from tests.models import ctc_models, labels
 
 WAVEFORM = torch.randn(1, 6000, generator=torch.Generator().manual_seed(1))
 
@@ -55,3 +55,14 @@ def test_a_masked_run_teaches_what_it_computes(masked_run: tuple[Path, Any, Tens
     layer = task.teacher.config.num_layers
     (state,), _ = task.teacher.hidden_states(WAVEFORM, None, [layer])
     assert torch.allclose(state, hidden, atol=1e-5)
+
+
+def test_a_model_tuned_over_gates_that_were_not_pruned(tmp_path: Path) -> None:
+    """They would be left out silently."""
+    path = ctc_models.write_ctc(tmp_path / "tuned.pt")
+    state = torch.load(path, weights_only=False)
+    state["model"]["w2v_encoder.w2v_model.gates.ffn.0.log_alpha"] = torch.zeros(48)
+    torch.save(state, path)
+    cfg = OmegaConf.structured(SslStudentConfig(student_path=str(path), normalize=False, seed=1))
+    with pytest.raises(ValueError, match=r"tuned\.pt was fine-tuned over gates that were not pruned yet"):
+        SslStudent.build_model(cfg, None)
