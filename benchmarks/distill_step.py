@@ -34,12 +34,12 @@ from s3distill.encoder.config import (
     ConvLayerConfig,
     EncoderConfig,
     LayerConfig,
-    TrainingConfig,
     parse_conv_layers,
     uniform_layers,
 )
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.encoder.teacher import Teacher
+from s3distill.encoder.training_config import TrainingConfig
 from s3distill.gates import GateCounts, GateSet, Lagrangian, sparsity
 from s3distill.gates.cost import mac_breakdown
 from s3distill.heads import HeadsConfig, LayerHeads

@@ -32,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 
 import s3distill
 from s3distill import compat, kernels
-from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig, TrainingConfig, parse_conv_layers, uniform_layers
+from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig, parse_conv_layers, uniform_layers
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.encoder.options import options_from_config
+from s3distill.encoder.training_config import TrainingConfig
 from s3distill.masks.bank import BankEntry, MaskBank
 from s3distill.masks.checksum import backbone_checksum
 from s3distill.masks.modules import Masked

@@ -15,10 +15,11 @@ import time
 import torch
 from torch import Tensor
 
-from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig, TrainingConfig
+from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig
 from s3distill.encoder.layer_choice import take_layers
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.encoder.options import config_from_options
+from s3distill.encoder.training_config import TrainingConfig
 from s3distill.heads import HeadsConfig, LayerHeads
 from s3distill.losses import LossWeights, hidden_state_loss
 

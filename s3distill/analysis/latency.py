@@ -17,12 +17,14 @@ from tqdm import tqdm
 
 from s3distill.analysis.timing import seconds_of, threads
 from s3distill.encoder.attention import bert_linear
-from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig, LayerConfig, TrainingConfig
+from s3distill.encoder.config import SAMPLE_RATE, EncoderConfig, LayerConfig
 from s3distill.encoder.conv import ConvLayer
 from s3distill.encoder.layers import LayerNorm
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.encoder.pos_shape import PosConvShape
-from s3distill.encoder.transformer import PositionalConv, TransformerLayer
+from s3distill.encoder.positional import PositionalConv
+from s3distill.encoder.training_config import TrainingConfig
+from s3distill.encoder.transformer import TransformerLayer
 from s3distill.gates.cost import UTTERANCE_S
 from s3distill.gates.latency import Grid, LatencyTable
 

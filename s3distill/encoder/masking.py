@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from s3distill.encoder.config import MaskConfig
+from s3distill.encoder.training_config import MaskConfig
 
 Generator = np.random.Generator
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from s3distill import products
 from s3distill.encoder.attention import bert_linear
-from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
+from s3distill.encoder.config import EncoderConfig
 from s3distill.encoder.conv import ConvExtractor
 from s3distill.encoder.dropout import dropout
 from s3distill.encoder.layers import LayerNorm, gated_norm, scale_gradient
 from s3distill.encoder.masking import draw_frame_mask, mask_channels, mask_frames, replace_frames
-from s3distill.encoder.transformer import Transformer, WeightNormConv
+from s3distill.encoder.positional import WeightNormConv
+from s3distill.encoder.training_config import MaskConfig, TrainingConfig
+from s3distill.encoder.transformer import Transformer
 from s3distill.gates.values import GateValues
 from s3distill.heads.kept_heads import KeptHeads
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from s3distill.encoder.checkpoint import ParsedCheckpoint
 from s3distill.encoder.config import EncoderConfig
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.positional import WeightNormConv
 from s3distill.encoder.speech_model import SpeechModel, SpeechOutput
-from s3distill.encoder.transformer import WeightNormConv
 from s3distill.masks.bank import MaskBank
 from s3distill.masks.checksum import backbone_checksum
 from s3distill.masks.options import ENCODER, HEAD

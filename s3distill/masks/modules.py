@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from s3distill import convolutions, products
-from s3distill.encoder.transformer import WeightNormConv
+from s3distill.encoder.positional import WeightNormConv
 from s3distill.masks.scores import init_scores
 from s3distill.masks.selection import check_pattern, scores_shape, select
 from s3distill.masks.straight_through import StraightThrough, score_slope

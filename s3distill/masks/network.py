@@ -10,9 +10,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
+from s3distill.encoder.config import EncoderConfig
 from s3distill.encoder.dropout import dropout
 from s3distill.encoder.model import EncoderOutput, SpeechEncoder
+from s3distill.encoder.training_config import MaskConfig, TrainingConfig
 from s3distill.gates.values import GateValues
 from s3distill.masks.magnitude import MagnitudePruning
 from s3distill.masks.modules import Masked, bake, mask_module, masked_modules

@@ -9,8 +9,9 @@ from fairseq.models import BaseFairseqModel
 from torch import Tensor
 
 from s3distill import compat
-from s3distill.encoder.config import EncoderConfig, MaskConfig, TrainingConfig
+from s3distill.encoder.config import EncoderConfig
 from s3distill.encoder.model import EncoderOutput
+from s3distill.encoder.training_config import MaskConfig, TrainingConfig
 from s3distill.masks.modules import kept_share
 from s3distill.masks.network import MaskedNetwork, check_something_learns, trained_names
 from s3distill.masks.options import HEAD, MaskOptions

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from fairseq.models import FairseqEncoder
 from torch import Tensor, nn
 
-from s3distill.encoder.config import MaskConfig, TrainingConfig
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.training_config import MaskConfig, TrainingConfig
 from s3distill.models._fine_tuning import _WITHOUT_EFFECT, read_backbone
 
 

@@ -10,9 +10,10 @@ from omegaconf import II
 from torch import Tensor
 
 from s3distill.encoder.checkpoint import ParsedCheckpoint, config_from_options
-from s3distill.encoder.config import ACTIVATIONS, EXTRACTOR_MODES, EncoderConfig, MaskConfig, TrainingConfig
+from s3distill.encoder.config import ACTIVATIONS, EXTRACTOR_MODES, EncoderConfig
 from s3distill.encoder.layer_choice import NO_LAYERS
 from s3distill.encoder.model import PARAMETER_PREFIXES, SpeechEncoder
+from s3distill.encoder.training_config import MaskConfig, TrainingConfig
 from s3distill.encoder.variants import ATTENTIONS, SHARED
 from s3distill.models._gate_options import GateOptions
 from s3distill.models._head_options import HeadOptions

@@ -9,9 +9,9 @@ from fairseq.models.wav2vec.wav2vec2_asr import Wav2VecCtc
 from omegaconf import II
 from torch import Tensor
 
-from s3distill.encoder.config import MaskConfig, TrainingConfig
 from s3distill.encoder.conv import ConvExtractor
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.training_config import MaskConfig, TrainingConfig
 from s3distill.masks.state import SCORES, load_weights
 from s3distill.models._ctc_start import masks_of, new_parts, read_ctc_start
 from s3distill.models._fine_tuning import FineTunedEncoder, MaskedFairseqModel, build_network

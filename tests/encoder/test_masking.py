@@ -12,9 +12,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, MaskConfig, uniform_layers
+from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, uniform_layers
 from s3distill.encoder.masking import mask_channels, mask_frames, span_mask
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.training_config import MaskConfig
 
 SIZES = st.lists(st.integers(2, 60), min_size=1, max_size=4)
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from s3distill.encoder.attention import SelfAttention, attention_mask_from_padding
-from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, LayerConfig, TrainingConfig, uniform_layers
+from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, LayerConfig, uniform_layers
 from s3distill.encoder.conv import gated_conv, masked_group_norm
 from s3distill.encoder.layers import LayerNorm, scale_gradient
 from s3distill.encoder.model import EncoderOutput, SpeechEncoder
+from s3distill.encoder.training_config import TrainingConfig
 from s3distill.gates import GateValues
 
 POST_LN = EncoderConfig(

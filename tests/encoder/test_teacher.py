@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from s3distill.encoder.checkpoint import ParsedCheckpoint
-from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, MaskConfig, uniform_layers
+from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, uniform_layers
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.encoder.speech_model import normalize_waveforms
 from s3distill.encoder.teacher import Teacher
+from s3distill.encoder.training_config import MaskConfig
 from s3distill.gates import GateSet
 
 CONFIG = EncoderConfig(

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from s3distill.encoder.attention import SelfAttention
-from s3distill.encoder.config import EncoderConfig, TrainingConfig, parse_conv_layers
+from s3distill.encoder.config import EncoderConfig, parse_conv_layers
 from s3distill.encoder.efficient_attention import WindowedAttention, num_pairs
 from s3distill.encoder.model import SpeechEncoder
 from s3distill.encoder.options import VARIANT_OPTIONS, config_from_options, options_from_config
+from s3distill.encoder.training_config import TrainingConfig
 from tests.encoder.variant_configs import (
     PLAIN,
     PRE_LN,

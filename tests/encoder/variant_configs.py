@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, LayerConfig, TrainingConfig, uniform_layers
+from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, LayerConfig, uniform_layers
 from s3distill.encoder.model import SpeechEncoder
+from s3distill.encoder.training_config import TrainingConfig
 
 PLAIN = EncoderConfig(
     (ConvLayerConfig(12, 10, 5), ConvLayerConfig(10, 3, 2), ConvLayerConfig(8, 2, 2)),

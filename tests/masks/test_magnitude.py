@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 
 from s3distill.encoder.config import ConvLayerConfig, EncoderConfig, uniform_layers
-from s3distill.encoder.transformer import WeightNormConv
+from s3distill.encoder.positional import WeightNormConv
 from s3distill.masks.magnitude import METHODS, MagnitudePruning, PruningSchedule
 from s3distill.masks.modules import Masked, MaskedLinear, MaskRule, mask_module
 from s3distill.masks.network import MaskedNetwork

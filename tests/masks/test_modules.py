@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3distill.encoder.config import EncoderConfig, TrainingConfig, parse_conv_layers, uniform_layers
-from s3distill.encoder.transformer import WeightNormConv
+from s3distill.encoder.config import EncoderConfig, parse_conv_layers, uniform_layers
+from s3distill.encoder.positional import WeightNormConv
+from s3distill.encoder.training_config import TrainingConfig
 from s3distill.masks.modules import Masked, MaskRule, bake, kept_share, mask_module, masked_modules
 from s3distill.masks.network import MaskedNetwork
 from s3distill.masks.options import ATTENTION_LINEARS, FFN_LINEARS, MaskOptions

@@ -11,14 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from s3distill.encoder.config import (
-    EncoderConfig,
-    LayerConfig,
-    MaskConfig,
-    TrainingConfig,
-    parse_conv_layers,
-    uniform_layers,
-)
+from s3distill.encoder.config import EncoderConfig, LayerConfig, parse_conv_layers, uniform_layers
+from s3distill.encoder.training_config import MaskConfig, TrainingConfig
 from s3distill.masks.network import MaskedNetwork, check_something_learns, trained_names
 from s3distill.masks.options import MaskOptions
 
