@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from s3distill import kernels
 from s3distill.products import compute_dtype, has_kernel, is_ours, needs_gradient, product
 
-_UNFOLDED = 2**25  # elements of an unfolded input at a time, so that long waveforms need no more memory
+_UNFOLDED = 2**26  # bytes of an unfolded input at a time, so that long waveforms need no more memory
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
@@ -71,10 +71,10 @@ def conv_product(frames: Tensor, weight: Tensor, bias: Tensor | None, stride: in
     if kernel == 1:
         return product(frames[:, ::stride], flat, bias)
     windows = _windows(frames, kernel, stride)  # [B, T, K * C_in], overlapping
-    if windows.numel() <= _UNFOLDED:
+    if windows.numel() * windows.itemsize <= _UNFOLDED:
         return product(windows.contiguous(), flat, bias)
     result = frames.new_empty(*windows.shape[:2], len(weight))
-    at_once = max(1, _UNFOLDED // windows.shape[2])
+    at_once = max(1, _UNFOLDED // (windows.shape[2] * windows.itemsize))
     for row, target in zip(windows, result, strict=True):
         for begin in range(0, len(row), at_once):
             part = slice(begin, begin + at_once)
@@ -98,7 +98,7 @@ def conv_weight_gradient(grad: Tensor, frames: Tensor, kernel: int, stride: int)
     num_windows, channels = grad.shape[1], frames.shape[2]
     if frames.dtype not in (torch.float32, torch.float64):
         windows = _windows(frames, kernel, stride)
-        if windows.numel() <= _UNFOLDED:
+        if windows.numel() * windows.itemsize <= _UNFOLDED:
             flat = grad.flatten(0, 1).t() @ windows.flatten(0, 1)
             return flat.unflatten(1, (kernel, channels)).transpose(1, 2)
         weight = frames.new_empty(grad.shape[2], channels, 1, kernel)

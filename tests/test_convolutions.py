@@ -54,7 +54,7 @@ def test_one_input_channel(kernel: int, stride: int) -> None:
 def test_long_inputs_are_unfolded_piece_by_piece(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = operands(3, 101, dtype)
     expected = F.conv1d(x, weight, bias, 2)
-    monkeypatch.setattr(convolutions, "_UNFOLDED", 100)  # 6 frames
+    monkeypatch.setattr(convolutions, "_UNFOLDED", 400)  # bytes: 6 frames of float32
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     check(convolutions.conv1d(x, weight, bias, 2), expected, [x, weight, bias], tolerance)
 

@@ -86,8 +86,21 @@ class _Dropout(torch.autograd.Function):
         return (grad * kept).mul_(ctx.scale), None
 
 
+def _attention_map(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(Q K^T / sqrt(D) + mask), [B, H, T, T_k]; a query without a key attends to nothing."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is None:
+        return scores.softmax(-1)
+    scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    attention = scores.softmax(-1)
+    # softmax of -inf alone is NaN
+    key = mask.any(-1, keepdim=True) if mask.dtype == torch.bool else mask.amax(-1, keepdim=True) > -torch.inf
+    return attention if bool(key.all()) else attention.masked_fill_(~key, 0)
+
+
 class _DroppedAttention(torch.autograd.Function):
-    """Keeps the attention map and one byte per weight; with A = softmax(S), D = A * m / (1 - p) and C = D V,
+    """Keeps one byte per weight of the attention map, which is computed again in the backward pass: of long utterances it would be
+    the largest part of what a layer keeps. With A = softmax(S), D = A * m / (1 - p) and C = D V,
 
     dV = D^T dC,   dA = dC V^T * m / (1 - p),   dS = A * (dA - sum_keys A dA),   dQ = dS K / sqrt(d),   dK = dS^T Q / sqrt(d).
     """
@@ -95,31 +108,23 @@ class _DroppedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:  # type: ignore[override]
         with torch.autocast("cpu", enabled=False):  # softmax of bfloat16 sums in float32 by itself
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            if mask is not None:
-                scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
-            attention = scores.softmax(-1)
-            if mask is not None:  # softmax of -inf alone is NaN
-                key = (
-                    mask.any(-1, keepdim=True) if mask.dtype == torch.bool else mask.amax(-1, keepdim=True) > -torch.inf
-                )
-                attention = attention if bool(key.all()) else attention.masked_fill_(~key, 0)
+            attention = _attention_map(q, k, mask)
             kept, ctx.scale = _draw(attention, p)
-            ctx.save_for_backward(q, k, v, attention, kept)
-            ctx.mask_shape = None if mask is None else mask.shape
+            ctx.save_for_backward(q, k, v, mask, kept)
             # the scale on D values per query and not on T weights
-            return torch.mul(attention, kept, out=scores).matmul(v).mul_(ctx.scale)
+            return attention.mul_(kept).matmul(v).mul_(ctx.scale)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]  # what is saved has no gradient of its own
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, attention, kept = ctx.saved_tensors
+        q, k, v, mask, kept = ctx.saved_tensors
         grad = grad * ctx.scale
+        attention = _attention_map(q, k, mask)
         grad_v = (attention * kept).transpose(-2, -1) @ grad
         grad_attention = (grad @ v.transpose(-2, -1)).mul_(kept)
         grad_scores = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
         scale = q.shape[-1] ** -0.5
         grad_q = (grad_scores @ k).mul_(scale)
         grad_k = (grad_scores.transpose(-2, -1) @ q).mul_(scale)
-        grad_mask = grad_scores.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
+        grad_mask = grad_scores.sum_to_size(mask.shape) if mask is not None and ctx.needs_input_grad[3] else None
         return grad_q, grad_k, grad_v, grad_mask, None

@@ -121,3 +121,20 @@ def test_types_must_agree() -> None:
         ValueError, match=r"must have one type, but have torch\.float64, torch\.float64 and torch\.float32"
     ):
         attention_with_dropout(q, k, v.float(), None, 0.1)
+
+
+def test_attention_keeps_one_byte_per_weight() -> None:
+    """And not the map, which is computed again: of long utterances it would be most of what a layer keeps."""
+    q, k, v = (torch.randn(2, 3, 50, 8, requires_grad=True) for _ in "qkv")
+    known = {t.untyped_storage().data_ptr() for t in (q, k, v)}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        attention_with_dropout(q, k, v, None, 0.1)
+    assert 2 * 3 * 50 * 50 <= sum(sizes.values()) <= 2 * 3 * 50 * 50 + 16

@@ -13,6 +13,7 @@ from fairseq.dataclass.initialize import hydra_init
 
 import s3distill
 from s3distill import compat
+from s3distill.encoder.checkpoint import parse_checkpoint
 from tests.end_to_end.test_distill_options import CONSTANT_LR, NO_GATES, Training
 
 ROOT = Path(__file__).parents[2]
@@ -36,12 +37,17 @@ def build(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., T
     os.chdir(before)
 
 
+def teacher_state(run: Training) -> dict[str, torch.Tensor]:
+    path = run.task.cfg.teacher_path
+    return parse_checkpoint(compat.load_checkpoint(path), path).encoder_state
+
+
 # ---------------------------------------------------------------- what is copied
 
 
 def test_a_student_of_chosen_layers_starts_as_they_are(build: Callable[..., Training]) -> None:
     run = build(*NO_GATES, "++model.init_layers='2,0'", "model.distill_layers='0'")
-    teacher, student = run.task.teacher._encoder.state_dict(), run.model.state_dict()
+    teacher, student = teacher_state(run), run.model.state_dict()
     assert run.model.config.num_layers == 2
     for new, old in enumerate((2, 0)):
         names = [n for n in student if n.startswith(f"encoder.layers.{new}.")]
@@ -65,7 +71,7 @@ def test_distilhubert_in_small_learns(build: Callable[..., Training]) -> None:
 
 def test_the_extractor_alone_is_copied(build: Callable[..., Training]) -> None:
     run = build(*NO_GATES, *NARROW, "model.distill_layers='2:3'")
-    teacher, student = run.task.teacher._encoder.state_dict(), run.model.state_dict()
+    teacher, student = teacher_state(run), run.model.state_dict()
     assert (run.model.config.embed_dim, run.model.config.num_layers) == (24, 2)
     extractor = {n for n in student if n.startswith(("feature_extractor.", "layer_norm."))}
     assert len(extractor) == 11 and all(torch.equal(student[n], teacher[n]) for n in extractor)
