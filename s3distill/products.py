@@ -24,6 +24,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from s3distill import kernels
 
+_LEAST = 2**25  # multiplications from which on a kernel of oneDNN's is worth its making, once per shape: up to 1 ms
+
 
 class Linear(nn.Linear):
     """torch's Linear, computed by `linear`."""
@@ -88,8 +90,7 @@ class FrozenLinear(nn.Module):
 
     def _pack(self, weight: Tensor) -> None:
         # no buffer: torch can neither move nor save what has oneDNN's order
-        packs = weight.device.type == "cpu" and has_kernel(weight, weight)
-        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight) if packs else weight
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight) if _can_freeze(weight) else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         weight = self._weight if self._weight.layout == torch.strided else self._weight.to_dense()
@@ -102,8 +103,13 @@ def freeze_linears(root: nn.Module) -> None:
     """Puts `FrozenLinear` in place of every `Linear` below ``root`` that has a kernel on this machine."""
     for module in list(root.modules()):
         for name, child in list(module.named_children()):
-            if is_plain(child, Linear) and has_kernel(child.weight, child.weight):  # type: ignore[arg-type]
-                setattr(module, name, FrozenLinear(child))  # type: ignore[arg-type]
+            if isinstance(child, Linear) and is_plain(child, Linear) and _can_freeze(child.weight):
+                setattr(module, name, FrozenLinear(child))
+
+
+def _can_freeze(weight: Tensor) -> bool:
+    typical = weight[:1].expand(256, -1)  # frames of five seconds
+    return weight.device.type == "cpu" and weight.numel() > 0 and has_kernel(typical, weight)
 
 
 def is_plain(module: nn.Module, *kinds: type) -> bool:
@@ -151,12 +157,22 @@ def _has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def report() -> kernels.KernelReport:
+    """What float32 products run on, on a CPU."""
+    if _onednn_product() is None:
+        return kernels.KernelReport(
+            "product", False, "torch linear", "this torch has no oneDNN product for this machine"
+        )
+    types = "float32 and bfloat16" if _has_bfloat16() else "float32"
+    return kernels.KernelReport("product", False, f"oneDNN's, {types}, on a CPU", "torch has it; GPUs take torch's own")
+
+
 def has_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of these is oneDNN's here, and not torch's choice.
+    """Whether the product of x [..., C_in] and weight [C, C_in, ...] is oneDNN's here, and not torch's choice.
 
     In bfloat16 that is oneDNN's too, by way of `torch.addmm`, which is slower where a weight lies in memory as Linears have it.
     """
-    if x.dtype != weight.dtype or x.numel() == 0 or weight.numel() == 0:
+    if x.dtype != weight.dtype or weight.numel() == 0 or x.numel() * len(weight) < _LEAST:
         return False
     if not torch.backends.mkldnn.enabled or _onednn_product() is None:  # type: ignore[attr-defined]
         return False
@@ -174,7 +190,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
     """grad^T rows, [N, C] x [N, C_in] -> [C, C_in]: the gradient of a Linear's weight."""
-    if rows.shape[1] > grad.shape[1] and rows.dtype == torch.float32 and has_kernel(grad, rows):
+    if rows.shape[1] > grad.shape[1] and rows.dtype == torch.float32:
         return product(grad.t(), rows.t())
     return grad.t() @ rows
 

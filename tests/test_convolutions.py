@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3distill import convolutions
+from s3distill import convolutions, products
 
 KERNELS = [(3, 2), (2, 2), (1, 1), (1, 2), (5, 1), (10, 5), (4, 3), (2, 3)]  # (kernel, stride)
+
+
+@pytest.fixture(autouse=True)
+def _small_products_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_LEAST", 1)
 
 
 def operands(kernel: int, num_frames: int, dtype: torch.dtype, channels: tuple[int, int] = (5, 6)) -> list[Tensor]:

@@ -18,6 +18,11 @@ from s3distill.encoder.model import SpeechEncoder
 needs_kernel = pytest.mark.skipif(products._onednn_product() is None, reason="torch has no oneDNN product here")
 
 
+@pytest.fixture(autouse=True)
+def _small_products_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_LEAST", 1)
+
+
 def operands(dtype: torch.dtype, rows: tuple[int, ...] = (2, 7), size: tuple[int, int] = (24, 40)) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = [(*rows, size[1]), size, size[:1]]
@@ -60,6 +65,10 @@ def test_float32_takes_the_kernel_and_float64_does_not(monkeypatch: pytest.Monke
     for dtype in (torch.float32, torch.float64):
         products.linear(*operands(dtype)).sum().backward()
     assert set(calls) == {torch.float32} and len(calls) == 3  # forward, dx, and dW since 40 > 24
+    monkeypatch.setattr(products, "_LEAST", 14 * 24 * 40 + 1)
+    products.linear(*operands(torch.float32)).sum().backward()
+    assert len(calls) == 3, "too small to be worth it"
+    monkeypatch.setattr(products, "_LEAST", 1)
     monkeypatch.setattr(products, "_onednn_product", lambda: None)
     x, weight, bias = operands(torch.float32)
     torch.testing.assert_close(products.linear(x, weight, bias), F.linear(x, weight, bias))
@@ -130,7 +139,8 @@ def test_a_frozen_linear_computes_what_it_did_and_can_be_cast(dtype: torch.dtype
     products.freeze_linears(root)
     assert type(root[1]) is nn.Linear, "only the project's own"
     frozen = root[0][0]
-    packed = dtype != torch.float64 and products.has_kernel(weight, weight)
+    packed = products._can_freeze(weight)
+    assert packed == (dtype != torch.float64 and products._onednn_product() is not None)
     assert isinstance(frozen, products.FrozenLinear) == packed
     with torch.inference_mode():
         for rows in (x, x[:, :1], x[0].repeat(40, 1)):
@@ -154,3 +164,10 @@ def test_a_frozen_encoder_computes_what_it_did() -> None:
         with torch.inference_mode():
             torch.testing.assert_close(frozen(source).x, encoder(source).x, rtol=1e-5, atol=1e-5)
         assert not [name for name in frozen.state_dict() if "frozen" in name]
+
+
+def test_the_report_says_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = products.report()
+    assert ("oneDNN" in found.implementation) == (products._onednn_product() is not None)
+    monkeypatch.setattr(products, "_onednn_product", lambda: None)
+    assert products.report().implementation == "torch linear"

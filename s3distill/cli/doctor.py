@@ -144,9 +144,9 @@ def _devices() -> dict[str, Any]:
 
 
 def _kernels() -> list[dict[str, Any]]:
-    from s3distill import kernels
+    from s3distill import kernels, products
 
-    return [asdict(row) for row in kernels.report()]
+    return [asdict(row) for row in (*kernels.report(), products.report())]
 
 
 def _resolves_anywhere() -> bool:

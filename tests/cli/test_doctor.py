@@ -41,7 +41,7 @@ def test_json_holds_all_findings(capsys):
     assert findings["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert findings["versions"]["torch"].split("+")[0] == importlib.metadata.version("torch").split("+")[0]
     assert findings["devices"]["cpu_cores"] >= 1
-    assert [row["name"] for row in findings["kernels"]] == [row.name for row in kernels.report()]
+    assert [row["name"] for row in findings["kernels"]] == [*(row.name for row in kernels.report()), "product"]
     assert Path(findings["user_dir"]["path"]) == PACKAGE
 
 

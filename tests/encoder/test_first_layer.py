@@ -71,7 +71,7 @@ def test_digits_are_kept_where_windows_are_nearly_alike(offset: float) -> None:
     hum = torch.sin(2 * torch.pi * 50 * time) + 1e-3 * torch.randn(16_000, generator=generator) + offset
     x = hum[None, None]
     expected = separately(x.double(), *make_double(conv, norm), None)
-    assert (conv_group_norm(x, conv, norm, None).double() - expected).abs().max() <= 1e-4
+    assert (conv_group_norm(x, conv, norm, None).double() - expected).abs().max() <= 5e-4
 
 
 def make_double(conv: nn.Conv1d, norm: nn.GroupNorm) -> tuple[nn.Conv1d, nn.GroupNorm]:
