@@ -52,16 +52,26 @@ def test_values_and_gradients(kernel: int, stride: int, num_frames: int, dtype: 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (10, 5)])
 def test_one_input_channel(kernel: int, stride: int) -> None:
     x, weight, bias = operands(kernel, 53, torch.float32, (1, 6))
-    check(convolutions.conv1d(x, weight, bias, stride), F.conv1d(x, weight, bias, stride), [x, weight, bias])
+    found = convolutions.conv1d(x, weight, bias, stride)
+    check(found, F.conv1d(x, weight, bias, stride), [x, weight, bias])
+    assert found.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_inputs_are_unfolded_piece_by_piece(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = operands(3, 101, dtype)
-    expected = F.conv1d(x, weight, bias, 2)
-    monkeypatch.setattr(convolutions, "_UNFOLDED", 400)  # bytes: 6 frames of float32
+    expected, sizes, product = F.conv1d(x, weight, bias, 2), [], convolutions.product
+
+    def noted(rows: Tensor, *arguments: Tensor) -> Tensor:
+        sizes.append(rows.numel() * rows.itemsize)
+        return product(rows, *arguments)
+
+    monkeypatch.setattr(convolutions, "product", noted)
+    monkeypatch.setattr(convolutions, "_UNFOLDED", 400)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     check(convolutions.conv1d(x, weight, bias, 2), expected, [x, weight, bias], tolerance)
+    # 50 frames of 60 bytes in each of two rows, 6 at a time; bfloat16 is not unfolded
+    assert sizes == ([360] * 8 + [120]) * 2 * (dtype == torch.float32)
 
 
 def test_layouts_of_the_input_make_no_difference() -> None:

@@ -77,7 +77,8 @@ def serve(library_path: str, data_path: str) -> None:
         lines = translate_in_fork(library, texts)
         if len(lines) < len(texts):
             lines.append("null")
-        print("\n".join(lines), flush=True)
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
         texts = texts[len(lines) :]
 
 

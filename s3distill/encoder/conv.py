@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3distill import convolutions, kernels, products
+from s3distill import kernels, products
 from s3distill.encoder.config import ConvLayerConfig, EncoderConfig
 from s3distill.encoder.first_layer import conv_group_norm
 from s3distill.encoder.layers import LayerNorm
-from s3distill.encoder.recompute import gelu_conv
+from s3distill.encoder.recompute import gelu_conv, gelu_over_rows
 
 
 def masked_group_norm(x: Tensor, num_valid: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -76,10 +76,11 @@ def gated_conv(conv: nn.Module, x: Tensor, gate: Tensor | None, activate: bool =
     if isinstance(conv, nn.Conv1d) and products.is_plain(conv, nn.Conv1d) and conv.groups == 1:
         if activate:
             return gelu_conv(x, gate, conv)
-        weight = conv.weight if gate is None else conv.weight * gate.to(conv.weight.dtype)[:, None]
-        return convolutions.conv1d(x, weight, conv.bias, conv.stride[0])
+        if gate is None:
+            return conv(x)
+        return conv._conv_forward(x, conv.weight * gate.to(conv.weight.dtype)[:, None], conv.bias)
     # has weights of its own kind, or somebody watches it
-    x = F.gelu(x) if activate else x
+    x = gelu_over_rows(x) if activate else x
     return conv(x if gate is None else x * gate.to(x.dtype)[:, None])  # type: ignore[no-any-return]
 
 

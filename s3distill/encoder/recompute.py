@@ -49,10 +49,14 @@ def gelu_conv(x: Tensor, gate: Tensor | None, conv: nn.Conv1d) -> Tensor:
     if not simple or not products.is_plain(conv, nn.Conv1d):
         return conv._conv_forward(F.gelu(x), weight, conv.bias)
     if not _is_ours(x, weight):
-        activated = F.gelu(x.transpose(1, 2)).transpose(1, 2)  # contiguous rows, as in `_GeluConv`
-        return convolutions.conv1d(activated, weight, conv.bias, conv.stride[0])
+        return convolutions.conv1d(gelu_over_rows(x), weight, conv.bias, conv.stride[0])
     result: Tensor = _GeluConv.apply(x, weight, conv.bias, conv.stride[0])
     return result
+
+
+def gelu_over_rows(x: Tensor) -> Tensor:
+    """GELU of [B, C, T] in the order in which `convolutions` hold it: torch rounds otherwise where memory is not contiguous."""
+    return F.gelu(x.transpose(1, 2)).transpose(1, 2)
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:

@@ -190,7 +190,7 @@ class MaskedConv1d(Masked, nn.Conv1d):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.padding == (0,) and self.groups == 1:  # of the extractor
+        if self.padding == (0,) and self.groups == 1 and self.in_channels > 1:  # as the extractor calls a plain one
             return convolutions.conv1d(x, self.masked_weight(), self.bias, self.stride[0])
         return self._conv_forward(x, self.masked_weight(), self.bias)
 
