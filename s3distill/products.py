@@ -108,7 +108,7 @@ def freeze_linears(root: nn.Module) -> None:
 
 
 def _can_freeze(weight: Tensor) -> bool:
-    typical = weight[:1].expand(256, -1)  # frames of five seconds
+    typical = weight.new_empty(1, weight.shape[1]).expand(256, -1)  # frames of five seconds
     return weight.device.type == "cpu" and weight.numel() > 0 and has_kernel(typical, weight)
 
 

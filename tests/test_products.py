@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from s3distill import products
-from s3distill.encoder.config import EncoderConfig, parse_conv_layers, uniform_layers
+from s3distill.encoder.config import EncoderConfig, LayerConfig, parse_conv_layers, uniform_layers
 from s3distill.encoder.model import SpeechEncoder
 
 needs_kernel = pytest.mark.skipif(products._onednn_product() is None, reason="torch has no oneDNN product here")
@@ -152,10 +152,15 @@ def test_a_frozen_linear_computes_what_it_did_and_can_be_cast(dtype: torch.dtype
         torch.testing.assert_close(frozen(x), F.linear(x, weight, bias))
 
 
-def test_a_frozen_encoder_computes_what_it_did() -> None:
-    config = EncoderConfig(
-        parse_conv_layers("[(16, 10, 5)] + [(16, 3, 2)] * 2"), 32, uniform_layers(2, 4, 8, 48), pos_conv_kernel=16
-    )
+def pruned_to_nothing() -> tuple[LayerConfig, ...]:
+    """Layers that gates left without heads, without a feed-forward part, and without both."""
+    whole = uniform_layers(2, 4, 8, 48)[0]
+    return tuple(dataclasses.replace(whole, num_heads=heads, ffn_dim=ffn) for heads, ffn in [(0, 48), (4, 0), (0, 0)])
+
+
+@pytest.mark.parametrize("layers", [uniform_layers(2, 4, 8, 48), pruned_to_nothing()], ids=["whole", "nothing left"])
+def test_a_frozen_encoder_computes_what_it_did(layers: tuple[LayerConfig, ...]) -> None:
+    config = EncoderConfig(parse_conv_layers("[(16, 10, 5)] + [(16, 3, 2)] * 2"), 32, layers, pos_conv_kernel=16)
     for norm_first in (False, True):
         torch.manual_seed(0)
         encoder = SpeechEncoder(dataclasses.replace(config, layer_norm_first=norm_first, pos_conv_groups=4)).eval()
