@@ -45,7 +45,8 @@ def conv_group_norm(x: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm, num_valid: T
         variance = ((weight[:, :, None] * weight[:, None, :]) * covariances[:, None]).sum((2, 3))  # [B, C]
         scale = norm.weight.double() * torch.rsqrt(variance.clamp_min(0) + norm.eps)
         weights = weight * scale[:, :, None]  # [B, C, K]
-    result: Tensor = _ProductPerRow.apply(windows.to(dtype), weights.to(dtype), norm.bias.to(dtype))
+        shift = norm.bias if conv.bias is None else norm.bias + 0 * conv.bias  # its gradient is 0, and not missing
+    result: Tensor = _ProductPerRow.apply(windows.to(dtype), weights.to(dtype), shift.to(dtype))
     return result.transpose(1, 2)
 
 

@@ -41,7 +41,7 @@ def test_values_and_gradients(num_valid: Tensor | None, bias: bool) -> None:
     expected, found = separately(x, conv, norm, num_valid) * valid, conv_group_norm(x, conv, norm, num_valid) * valid
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(expected)
-    parameters = [conv.weight, *norm.parameters()]
+    parameters = [*conv.parameters(), *norm.parameters()]
     ours, theirs = (torch.autograd.grad((y * weights).sum(), parameters) for y in (found, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
