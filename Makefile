@@ -17,7 +17,7 @@ help: ## show this list
 env: ## make .venv with pinned versions, or bring it up to date
 	@bash .ci/make_env.sh
 
-quickstart: env ## the whole chain on demo speech, with a report (about 13 minutes on 2 cores)
+quickstart: env ## the whole chain on demo speech, with a report (about 14 minutes on 2 cores)
 	@.venv/bin/python -m s3distill.cli.main quickstart $(QUICKSTART_ARGS)
 
 test: env ## every test, the short end-to-end chain included (PYTEST_ARGS= for options)
