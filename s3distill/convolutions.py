@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from s3distill import kernels
-from s3distill.products import compute_dtype, has_kernel, is_ours, needs_gradient, product
+from s3distill.products import compute_dtype, has_kernel, is_ours, product
 
 _UNFOLDED = 2**26  # bytes of an unfolded input at a time, so that long waveforms need no more memory
 
@@ -33,10 +32,6 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     """
     if not is_ours(x):
         return F.conv1d(x, weight, bias, stride)
-    dtype = compute_dtype(x)
-    if not needs_gradient(x, weight, bias):
-        frames = x.to(dtype).transpose(1, 2).contiguous()
-        return conv_product(frames, weight.to(dtype), None if bias is None else bias.to(dtype), stride).transpose(1, 2)
     result: Tensor = _Conv.apply(x, weight, bias, stride)
     return result
 
@@ -52,11 +47,6 @@ def grouped_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int,
     """
     if not is_ours(x):
         return F.conv1d(x, weight, bias, padding=padding, groups=groups)
-    if not needs_gradient(x, weight, bias):
-        image, kernel = _grouped_operands(x, weight)
-        with kernels.without_autocast(x.device):
-            bias = None if bias is None else bias.to(image.dtype)
-            return F.conv2d(image, kernel, bias, padding=(0, padding), groups=groups).squeeze(2)
     result: Tensor = _GroupedConv.apply(x, weight, bias, padding, groups)
     return result
 

@@ -65,12 +65,8 @@ def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     separate = len(plain) < len(modules) or not is_ours(x) or not kernels.is_autocast(x.device)
     if separate or not needs_gradient(x, *weights, *biases):
         return tuple(module(x) for module in modules)
-    return _linears(x, weights, biases).split([len(weight) for weight in weights], -1)
-
-
-def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    result: Tensor = _Linears.apply(x, *weights, *biases)
-    return result
+    stacked: Tensor = _Linears.apply(x, *weights, *biases)
+    return stacked.split([len(weight) for weight in weights], -1)
 
 
 class FrozenLinear(nn.Module):
@@ -109,7 +105,7 @@ def freeze_linears(root: nn.Module) -> None:
 
 def _can_freeze(weight: Tensor) -> bool:
     typical = weight.new_empty(1, weight.shape[1]).expand(256, -1)  # frames of five seconds
-    return weight.device.type == "cpu" and weight.numel() > 0 and has_kernel(typical, weight)
+    return weight.device.type == "cpu" and has_kernel(typical, weight)
 
 
 def is_plain(module: nn.Module, *kinds: type) -> bool:
@@ -158,7 +154,7 @@ def _has_bfloat16() -> bool:
 
 
 def report() -> kernels.KernelReport:
-    """What float32 products run on, on a CPU."""
+    """What products run on, on a CPU."""
     if _onednn_product() is None:
         return kernels.KernelReport(
             "product", False, "torch linear", "this torch has no oneDNN product for this machine"

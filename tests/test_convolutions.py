@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3distill import convolutions, products
+from tests.gradients import gradients
 
 KERNELS = [(3, 2), (2, 2), (1, 1), (1, 2), (5, 1), (10, 5), (4, 3), (2, 3)]  # (kernel, stride)
 
@@ -21,11 +22,6 @@ def operands(kernel: int, num_frames: int, dtype: torch.dtype, channels: tuple[i
     generator = torch.Generator().manual_seed(kernel + num_frames)
     shapes = [(2, channels[0], num_frames), (channels[1], channels[0], kernel), (channels[1],)]
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-
-
-def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    return list(torch.autograd.grad((output * weights).sum(), inputs))
 
 
 def check(found: Tensor, expected: Tensor, inputs: list[Tensor], tolerance: float = 1e-5) -> None:

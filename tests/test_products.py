@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from s3distill import products
 from s3distill.encoder.config import EncoderConfig, LayerConfig, parse_conv_layers, uniform_layers
 from s3distill.encoder.model import SpeechEncoder
+from tests.gradients import gradients
 
 needs_kernel = pytest.mark.skipif(products._onednn_product() is None, reason="torch has no oneDNN product here")
 
@@ -27,11 +28,6 @@ def operands(dtype: torch.dtype, rows: tuple[int, ...] = (2, 7), size: tuple[int
     generator = torch.Generator().manual_seed(1)
     shapes = [(*rows, size[1]), size, size[:1]]
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-
-
-def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    return list(torch.autograd.grad((output * weights).sum(), inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

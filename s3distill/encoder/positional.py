@@ -34,7 +34,7 @@ class WeightNormConv(nn.Module):
     @property
     def weight(self) -> Tensor:
         """g * v / ||v||, [C, C/groups, K]  (Salimans & Kingma, 2016, eq. 2)."""
-        frozen = self._buffers.get("frozen_weight")
+        frozen = self._buffers.get("frozen_weight")  # masked forms, which are built otherwise, have none
         if frozen is not None:
             return frozen
         return torch._weight_norm(self.weight_v, self.weight_g, 2)

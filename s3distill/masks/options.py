@@ -81,7 +81,7 @@ class MaskOptions:
                 value = str(getattr(value, "value", value))
             elif isinstance(f.default, bool) and not isinstance(value, bool):
                 raise ValueError(
-                    f"`{f.name}` must be true or false, but is {value!r}; the file was not written by fairseq"
+                    f"`{f.name}` must be true or false, but is {value!r}; give it as a boolean, without quotes"
                 )
             picked[f.name] = value
         return cls(**picked)

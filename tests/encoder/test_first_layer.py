@@ -45,6 +45,7 @@ def test_values_and_gradients(num_valid: Tensor | None, bias: bool) -> None:
     ours, theirs = (torch.autograd.grad((y * weights).sum(), parameters) for y in (found, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+    assert not bias or (ours[1] == 0).all(), "the norm takes the bias away: a gradient of 0, not a missing one"
 
 
 def test_a_single_valid_frame_and_silence_are_finite() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3distill.encoder.recompute import gelu_conv, gelu_linear
+from tests.gradients import gradients
 
 
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -21,11 +22,6 @@ def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone())
     return linear
-
-
-def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
-    return list(torch.autograd.grad((output * weights).sum(), inputs))
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

@@ -40,6 +40,7 @@ def batch(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor
 
 
 LENGTHS = [900, 500, 700]
+SEEDS = [(1, 7, i) for i in range(3)]
 
 
 @pytest.mark.parametrize("units", [("conv", "head", "ffn"), ("ffn",)])
@@ -64,9 +65,6 @@ def test_gates_that_were_not_pruned_act_as_in_evaluation(units: tuple[str, ...])
     (plain,), _ = make_teacher(encoder).hidden_states(source, padding_mask, [2])
     assert (plain - found).abs().max() > 1e-3
     assert gated.has_extractor_of(encoder) == ("conv" not in units)
-
-
-SEEDS = [(1, 7, i) for i in range(3)]
 
 
 # ---------------------------------------------------------------- masks from seeds
