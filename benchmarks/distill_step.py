@@ -215,7 +215,10 @@ class Step:
         self.optimizer.zero_grad()
         watch.lap("optimizer")
         self.num_updates += 1
-        return watch.stop()
+        taken = watch.stop()
+        if self.num_updates == 1 and self.settings.device == "cpu":
+            kernels.return_freed_memory()  # as the tasks do
+        return taken
 
     def targets(self) -> TeacherStates:
         layers = [layer for _, layer in self.heads.pairs]

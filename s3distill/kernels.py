@@ -114,6 +114,19 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and mallopt(_M_MMAP_MAX, 0) == 1 and mallopt(_M_TRIM_THRESHOLD, -1) == 1
 
 
+def return_freed_memory() -> bool:
+    """Gives the pages of freed tensors back to the kernel once; `keep_freed_memory` goes on for what is freed later.
+
+    For the end of the first update: the optimizer's states, which it makes, lie among activations that are free again, and what
+    does not fit between them would stay unused.
+
+    Returns:
+        Whether there were any; False too where the C library is not glibc.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    return trim is not None and trim(ctypes.c_size_t(0)) == 1
+
+
 def layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],

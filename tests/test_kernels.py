@@ -182,6 +182,25 @@ before = resident(); del blocks; print(before - resident())
     assert freed["keep"] < 20 and freed["default"] > 600
 
 
+def test_what_is_kept_can_be_returned_once():
+    """Every second of 40 blocks of 16 MiB is freed, between others that are not."""
+    code = """
+import torch
+from s3distill import kernels
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4 / 1024  # MiB
+assert kernels.keep_freed_memory()
+blocks = [torch.ones(4 * 2**20) for _ in range(40)]
+del blocks[::2]
+before = resident(); assert kernels.return_freed_memory(); returned = before - resident()
+assert all(bool((block == 1).all()) for block in blocks)
+before = resident(); del blocks; print(returned, before - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    returned, later = map(float, done.stdout.split())
+    assert returned > 300 and later < 20
+
+
 def test_an_unrelated_apex_package_is_not_even_imported(tmp_path, monkeypatch, no_apex):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise AssertionError('the unrelated apex was imported')")

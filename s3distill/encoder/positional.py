@@ -42,6 +42,8 @@ class WeightNormConv(nn.Module):
     def freeze(self) -> None:
         """Computes the weight for the last time, for an encoder that will not learn."""
         self.register_buffer("frozen_weight", convolutions.grouped_weight(self.weight.detach()), persistent=False)
+        for name in ("weight_g", "weight_v"):
+            self.register_parameter(name, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C, T]"""

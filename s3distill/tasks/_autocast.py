@@ -40,11 +40,24 @@ class AutocastSteps:
     """
 
     cfg: Any
+    _first_update: int | None = None  # of this process
+    _memory_returned = False
 
-    def train_step(self, sample: Any, model: Any, criterion: Any, *args: Any, **options: Any) -> Any:
+    def train_step(
+        self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, **options: Any
+    ) -> Any:
         if not torch.cuda.is_available():
             kernels.keep_freed_memory()
-        return super().train_step(sample, model, self._autocast(criterion), *args, **options)  # type: ignore[misc]
+            self._return_memory_once(update_num)
+        return super().train_step(sample, model, self._autocast(criterion), optimizer, update_num, **options)  # type: ignore[misc]
+
+    def _return_memory_once(self, update_num: int) -> None:
+        """In front of the second update of a process: the optimizer's states are there then."""
+        if self._first_update is None:
+            self._first_update = update_num
+        elif update_num != self._first_update and not self._memory_returned:
+            self._memory_returned = True
+            kernels.return_freed_memory()
 
     def valid_step(self, sample: Any, model: Any, criterion: Any, *args: Any, **options: Any) -> Any:
         return super().valid_step(sample, model, self._autocast(criterion), *args, **options)  # type: ignore[misc]
